@@ -1,0 +1,115 @@
+"""Recipes of the commands: a YAML file, overrides and flags become one checked, frozen config.
+
+Each command's config is a class beside the function that it configures; the recipes that ship
+with mlc are ``configs/COMMAND/NAME.yaml``.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mlc.configs.errors import MlcError, nearest
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-3`` is a number, as everybody who writes a learning rate means it."""
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(
+    cls: type[C],
+    command: str,
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> C:
+    """Build a command's config: defaults < recipe < ``--set key=value`` < flags.
+
+    Args:
+        cls: the config class.
+        command: the command's name, which is the folder of its recipes.
+        name: a recipe of that folder, or a path to a YAML file.
+        overrides: ``key=value`` texts, the value read as YAML.
+        flags: values of the command line; None means not given.
+
+    Raises:
+        MlcError: one sentence with every key that is unknown, missing or of the wrong type.
+    """
+    values: dict[str, Any] = {} if name is None else _read_recipe(command, name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise MlcError(f"--set: expected key=value, got {override!r}")
+        _assign(values, key.strip(), yaml.load(text, _Loader))
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    try:
+        # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
+        return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        problems = "; ".join(_problem(cls, each) for each in error.errors())
+        raise MlcError(f"{name or command}: {problems}") from None
+
+
+def dump(config: Config) -> str:
+    """Return a resolved config as YAML that ``load`` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def recipes(command: str) -> dict[str, Path]:
+    """Return the recipes that ship with a command, by name."""
+    folder = Path(str(resources.files("mlc.configs"))) / command
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read_recipe(command: str, name: str) -> dict[str, Any]:
+    known = recipes(command)
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        hint = nearest(name, known) if known else "give the path of a YAML file"
+        raise MlcError(f"--config: no recipe and no file {name!r}; {hint}")
+    try:
+        values = yaml.load(path.read_text(), _Loader)
+    except yaml.YAMLError as error:
+        raise MlcError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise MlcError(f"{path}: expected key: value lines, got {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``a.b`` in nested dictionaries."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise MlcError(f"--set: {key!r} goes below {parent!r}, which is not a section")
+    values[last] = value
+
+
+def _problem(cls: type[Config], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key, {nearest(where, cls.model_fields)}"
+    if error["type"] == "missing":
+        return f"{where}: missing"
+    message = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{where}: should be {message}, got {error['input']!r}"

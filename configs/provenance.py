@@ -1,0 +1,35 @@
+"""What a store or a run was made by: recorded in it, never compared."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlc
+
+LIBRARIES = ("torch", "timm", "numpy", "pillow", "h5py", "zarr")
+
+
+def made_by() -> dict[str, Any]:
+    """Return versions, mlc's git commit (None outside a checkout) and the command line."""
+    return {
+        "mlc": mlc.__version__,
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def _commit() -> str | None:
+    folder = Path(mlc.__file__).parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Which images there are and which labels they have."""

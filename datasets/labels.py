@@ -1,0 +1,149 @@
+"""LabelTable: what is known of each image's labels, and in which split the image is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc.configs.errors import MlcError, nearest
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """N images and L classes.
+
+    Attributes:
+        image_id: (N,) text, unique; joins labels to the features of a store.
+        file: (N,) text, path of the image relative to its data set's root.
+        classes: L class names, in the order of the columns.
+        observed: (N, L) int8, what training may see: +1 positive, 0 unknown, -1 negative.
+        true: (N, L) bool, or None where the truth is not known.
+        split: (N,) text, "train", "val" or "test"; "" where nothing has assigned it yet.
+        expected_positives: mean number of positives of an image, a given constant of the data
+            set in the MLSPL losses; None where no source states one.
+    """
+
+    image_id: NDArray[np.str_]
+    file: NDArray[np.str_]
+    classes: tuple[str, ...]
+    observed: NDArray[np.int8]
+    true: NDArray[np.bool_] | None
+    split: NDArray[np.str_]
+    expected_positives: float | None = None
+
+    def __post_init__(self) -> None:
+        ids, counts = np.unique(self.image_id, return_counts=True)
+        if (counts > 1).any():
+            raise MlcError(f"labels: image id {str(ids[counts > 1][0])!r} is there twice")
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def rows(self, keep: NDArray[np.bool_] | NDArray[np.intp]) -> "LabelTable":
+        """Return the table of some rows, given as a mask (N,) or as indices."""
+        return replace(
+            self,
+            image_id=self.image_id[keep],
+            file=self.file[keep],
+            observed=self.observed[keep],
+            true=None if self.true is None else self.true[keep],
+            split=self.split[keep],
+        )
+
+    def part(self, split: str) -> "LabelTable":
+        """Return the rows of one split, in their order."""
+        return self.rows(self.split == split)
+
+    def targets(self) -> NDArray[np.bool_]:
+        """Return (N, L) bool: the truth, or the observed positives where it is not known."""
+        return self.observed == 1 if self.true is None else self.true
+
+
+def full_labels(true: NDArray[np.bool_]) -> NDArray[np.int8]:
+    """Return the observed matrix of fully labelled images: +1 where true, else -1."""
+    return np.where(true, 1, -1).astype(np.int8)
+
+
+def select_classes(table: LabelTable, names: Sequence[str]) -> LabelTable:
+    """Return the table of some classes, in the order asked for.
+
+    The constant ``expected_positives`` belongs to all classes together and is dropped.
+
+    Raises:
+        MlcError: a name is not a class of the table, or is named twice.
+    """
+    columns = class_columns(table.classes, names)
+    return replace(
+        table,
+        classes=tuple(names),
+        observed=table.observed[:, columns],
+        true=None if table.true is None else table.true[:, columns],
+        expected_positives=None,
+    )
+
+
+def class_columns(classes: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the columns of some class names.
+
+    Raises:
+        MlcError: a name is not among the classes, or is named twice.
+    """
+    column = {name: index for index, name in enumerate(classes)}
+    for index, name in enumerate(names):
+        if name not in column:
+            raise MlcError(f"unknown class {name!r}; {nearest(name, column)}")
+        if name in names[:index]:
+            raise MlcError(f"classes: {name!r} is named twice")
+    return [column[name] for name in names]
+
+
+def save_labels(table: LabelTable, path: Path) -> None:
+    """Write a table as one ``.npz`` file, aside and renamed, so that it is whole or absent."""
+    arrays = {
+        "image_id": table.image_id,
+        "image_file": table.file,  # "file" is the name of numpy's own argument
+        "classes": np.array(table.classes, dtype=np.str_),
+        "observed": table.observed,
+        "split": table.split,
+    }
+    if table.true is not None:
+        arrays["true"] = table.true
+    if table.expected_positives is not None:
+        arrays["expected_positives"] = np.float64(table.expected_positives)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as handle:
+        np.savez_compressed(handle, **arrays)
+    partial.replace(path)
+
+
+def load_labels(path: Path) -> LabelTable:
+    """Read a table that ``save_labels`` wrote.
+
+    Raises:
+        MlcError: there is no such file, or it is not a label table.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return LabelTable(
+                image_id=arrays["image_id"],
+                file=arrays["image_file"],
+                classes=tuple(str(name) for name in arrays["classes"]),
+                observed=arrays["observed"],
+                true=arrays["true"] if "true" in arrays else None,
+                split=arrays["split"],
+                expected_positives=float(arrays["expected_positives"])
+                if "expected_positives" in arrays
+                else None,
+            )
+    except FileNotFoundError:
+        raise MlcError(
+            f"{path}: no label table there; mlc data prepare --out {path} makes one"
+        ) from None
+    except (ValueError, KeyError, OSError, BadZipFile) as error:
+        raise MlcError(f"{path}: not a label table ({error})") from None

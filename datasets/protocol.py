@@ -1,0 +1,128 @@
+"""From what is annotated to what a training run sees: splits and single positives, bit-exact."""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import SPLITS, LabelTable, full_labels
+
+Labels = Literal["full", "single-positive", "as-given"]
+OFFICIAL_SEED = 1200  # of the authors, for the split and for the corruption
+VAL_FRACTION = 0.2  # of the official training images
+CSV_FRACTIONS = (0.7, 0.1, 0.2)  # train, val, test where a CSV has no split column
+
+
+def apply_protocol(
+    table: LabelTable,
+    labels: Labels,
+    *,
+    split_seed: int = OFFICIAL_SEED,
+    corruption_seed: int = OFFICIAL_SEED,
+) -> LabelTable:
+    """Return the table with all three splits and the observed labels asked for.
+
+    Labels are hidden in the whole official training part before it is split, as the authors do.
+
+    Args:
+        table: as read; splits may be missing.
+        labels: "full" shows the truth, "single-positive" one positive of each image, "as-given"
+            leaves ``observed`` alone.
+        split_seed: of the validation split.
+        corruption_seed: of the choice of the positive.
+
+    Raises:
+        MlcError: the labels asked for need a truth that the table does not have, or a split
+            would be empty.
+    """
+    if labels != "as-given":
+        if table.true is None:
+            raise MlcError(
+                f"labels: {labels!r} needs the true labels, and this data set has partial ones; "
+                "use --labels as-given"
+            )
+        observed = (
+            full_labels(table.true)
+            if labels == "full"
+            else _observe_single_positives(table, corruption_seed)
+        )
+        table = replace(table, observed=observed)
+    return assign_splits(table, split_seed)
+
+
+def assign_splits(table: LabelTable, seed: int) -> LabelTable:
+    """Return the table with every row in train, val or test.
+
+    Rows without a split are cut 70/10/20; a table without validation rows gives 20 % of its
+    training rows (the MLSPL protocol); a table that has both is left alone.
+    """
+    split = table.split.astype("<U5")
+    unassigned = np.flatnonzero(split == "")
+    if len(unassigned):
+        order = unassigned[np.random.RandomState(seed).permutation(len(unassigned))]
+        bounds = np.round(np.cumsum(CSV_FRACTIONS[:-1]) * len(order)).astype(int)
+        for name, rows in zip(SPLITS, np.split(order, bounds), strict=True):
+            split[rows] = name
+    elif "val" not in split:
+        official = np.flatnonzero(split == "train")
+        split[official[validation_rows(len(official), seed)]] = "val"
+    for name in SPLITS:
+        if name not in split:
+            raise MlcError(
+                f"labels: no image is in split {name!r}, of {len(table)} images; "
+                "add some, or leave the split column out"
+            )
+    return replace(table, split=split)
+
+
+def validation_rows(
+    images: int, seed: int = OFFICIAL_SEED, fraction: float = VAL_FRACTION
+) -> NDArray[np.intp]:
+    """Return the sorted rows, of ``images`` training rows, that become the validation split.
+
+    The tail of ``RandomState(seed).permutation``: ``datasets.py`` of the MLSPL release.
+    """
+    count = int(np.round(fraction * images))
+    permutation = np.random.RandomState(seed).permutation(images)
+    return np.sort(permutation[images - count :])
+
+
+def observe(
+    true: NDArray[np.bool_], *, positives: int = 1, negatives: int = 0, seed: int = OFFICIAL_SEED
+) -> NDArray[np.int8]:
+    """Hide all but a few labels of each image.
+
+    Bit-exact with ``generate_observed_labels.py`` of the MLSPL release: each row shuffles its
+    positives and then its negatives, whatever number is kept of them.
+
+    Args:
+        true: (N, L) bool.
+        positives: how many positives of an image stay observed.
+        negatives: how many negatives of an image stay observed.
+        seed: of numpy's legacy ``RandomState``.
+
+    Returns:
+        (N, L) int8: +1 observed positive, -1 observed negative, 0 unknown.
+    """
+    generator = np.random.RandomState(seed)
+    observed = np.zeros(true.shape, dtype=np.int8)
+    for row, values in zip(true, observed, strict=True):
+        for rows, keep, value in (
+            (np.flatnonzero(row), positives, 1),
+            (np.flatnonzero(~row), negatives, -1),
+        ):
+            generator.shuffle(rows)
+            values[rows[:keep]] = value
+    return observed
+
+
+def _observe_single_positives(table: LabelTable, seed: int) -> NDArray[np.int8]:
+    """Corrupt the official training part and the test part, each with a generator of its own."""
+    assert table.true is not None
+    observed = np.zeros(table.true.shape, dtype=np.int8)
+    test = table.split == "test"
+    for part in (~test, test):
+        observed[part] = observe(table.true[part], seed=seed)
+    return observed

@@ -1,0 +1,47 @@
+"""Which data set a command means: ``coco`` or the path of a CSV."""
+
+import os
+from pathlib import Path
+
+from mlc.configs import Config
+from mlc.configs.errors import MlcError, nearest
+from mlc.datasets.coco import read_coco
+from mlc.datasets.csv_file import Unlisted, read_csv
+from mlc.datasets.images import ImageSet
+
+DATASETS = {"coco": read_coco}
+
+
+class DataConfig(Config):
+    """Where images and labels come from.
+
+    Attributes:
+        data: "coco", or the path of a CSV of ``file,labels``.
+        root: the folder of the images; by default ``data/coco`` (or ``$MLC_DATA/coco``), and the
+            folder of the CSV.
+        keep_unlabelled: COCO: keep the images without annotations, as Query2Label does.
+        unlisted: CSV: what a class is that a row does not list.
+    """
+
+    data: str = "coco"
+    root: Path | None = None
+    keep_unlabelled: bool = False
+    unlisted: Unlisted = "absent"
+
+
+def read_images(config: DataConfig) -> ImageSet:
+    """Read the images and labels that a config names.
+
+    Raises:
+        MlcError: the data set is unknown or not there; the sentence says how to get it.
+    """
+    if config.data in DATASETS:
+        default = Path(os.environ.get("MLC_DATA", "data")) / config.data
+        return DATASETS[config.data](config.root or default, config.keep_unlabelled)
+    path = Path(config.data)
+    if path.suffix.lower() != ".csv":
+        raise MlcError(
+            f"unknown data set {config.data!r}; {nearest(config.data, DATASETS)}, "
+            "or give the path of a .csv"
+        )
+    return read_csv(path, config.root or path.parent, config.unlisted)

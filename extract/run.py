@@ -1,0 +1,244 @@
+"""extract(): the images of a data set through a backbone into a store, resumable."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from mlc.configs.errors import MlcError, choose
+from mlc.configs.progress import Progress, silent
+from mlc.configs.provenance import made_by
+from mlc.datasets.images import ImageSet
+from mlc.datasets.labels import save_labels
+from mlc.datasets.source import DataConfig, read_images
+from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
+from mlc.extract.images import load_image
+from mlc.extract.stream import FeatureBatch, stream_features
+from mlc.store import schema
+from mlc.store.lock import writer_lock
+from mlc.store.reader import labels_path
+from mlc.store.writer import Layout, StoreWriter
+
+STAGES = ("read", "decode", "infer", "write")
+
+
+class ExtractConfig(DataConfig, BackboneConfig):
+    """Images, backbone and store of one extraction.
+
+    Attributes:
+        out: path of the store; by default ``features/`` and a name that carries its key's hash.
+        format: "zarr" or "hdf5"; by default what ``out`` ends in, else Zarr.
+        dtype: of the stored features.
+        batch_size: images in one forward pass.
+        shard_rows: images written and marked done together: what a killed process may lose.
+        workers: threads that read and decode; by default one for each core.
+        on_error: "skip" records a bad image and goes on, "raise" stops at it.
+    """
+
+    out: Path | None = None
+    format: str | None = None
+    dtype: Literal["float32", "float16"] = "float32"
+    batch_size: int = 32
+    shard_rows: int = 256
+    workers: int | None = None
+    on_error: Literal["skip", "raise"] = "skip"
+
+
+@dataclass
+class ExtractReport:
+    """What an extraction did.
+
+    Attributes:
+        path: the store.
+        backbone: its full name.
+        licence: of its weights.
+        images: rows of the store.
+        extracted: rows extracted by this call; the others were there.
+        bad: reason by file of every bad image in the store.
+        wall_seconds: from the first image to the last.
+        seconds: busy time of each of ``STAGES``, summed over threads.
+    """
+
+    path: Path
+    backbone: str
+    licence: str
+    images: int
+    extracted: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+
+def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport:
+    """Extract what is missing of a data set's features.
+
+    A killed call loses the shards in flight at most; the same call goes on. Bad images of an
+    earlier call are tried again. The label table is written beside the store.
+
+    Raises:
+        MlcError: see ``read_images``, ``load_backbone`` and ``StoreWriter.create_or_resume``;
+            or an image is bad and ``on_error`` is "raise".
+        KeyboardInterrupt: with a message that says what is kept.
+    """
+    _check_numbers(config)
+    images = read_images(config)
+    images.check_files()
+    backbone = load_backbone(config, config.dtype)
+    path = store_path(config, images, backbone)
+    report = ExtractReport(path, backbone.name, backbone.licence, len(images.file))
+    with writer_lock(path):
+        writer = StoreWriter.create_or_resume(path, _layout(config, images, backbone))
+        try:
+            save_labels(images.labels, labels_path(path))
+            _fill(writer, config, images, backbone, report, progress)
+            writer.finish()
+        except KeyboardInterrupt:
+            done = int((writer.status != schema.PENDING).sum())
+            raise KeyboardInterrupt(
+                f"{path}: stopped, {done:,} of {report.images:,} images are kept; "
+                "the same command goes on from there"
+            ) from None
+        finally:
+            writer.close()
+    return report
+
+
+def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Path:
+    """Return where the store of this request is: the same request, the same path."""
+    if config.out is not None:
+        asked = config.format and choose(schema.FORMATS, config.format, "format").suffix
+        if asked and config.out.suffix != asked:
+            raise MlcError(
+                f"out: {config.out} does not end in {asked}, which --format {config.format} asks for"
+            )
+        schema.format_of(config.out)
+        return config.out
+    suffix = choose(schema.FORMATS, config.format or "zarr", "format").suffix
+    key = backbone.key
+    return Path("features") / f"{images.name}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
+
+
+def batches_of(rows: range, batch_size: int) -> list[range]:
+    """Cut rows into batches, the last of which may be smaller."""
+    return [
+        range(start, min(start + batch_size, rows.stop))
+        for start in range(rows.start, rows.stop, batch_size)
+    ]
+
+
+def worker_count(workers: int | None) -> int:
+    """Return the number of decoding threads: as asked, else a thread for each usable core."""
+    if workers is not None:
+        return workers
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _check_numbers(config: ExtractConfig) -> None:
+    for name in ("batch_size", "shard_rows", "workers", "size_px"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise MlcError(f"{name}: should be at least 1, got {value}")
+
+
+def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layout:
+    settings = config.model_dump(mode="json", include=set(BackboneConfig.model_fields))
+    if config.weights:
+        settings["weights"] = str(config.weights.resolve())
+    recorded: dict[str, Any] = made_by() | {
+        "backbone": backbone.name,
+        "weights_licence": backbone.licence,
+        "backbone_config": settings,
+        "data": config.data,
+        "root": str(images.root.resolve()),
+    }
+    return Layout(
+        key=backbone.key,
+        image_id=images.image_id,
+        file=images.file,
+        widths=dict.fromkeys(backbone.key.layers, backbone.width),
+        batch_size=config.batch_size,
+        shard_rows=config.shard_rows,
+        made_by=recorded,
+    )
+
+
+def _fill(
+    writer: StoreWriter,
+    config: ExtractConfig,
+    images: ImageSet,
+    backbone: Backbone,
+    report: ExtractReport,
+    progress: Progress,
+) -> None:
+    """Extract the pending shards and those with a bad image that has been mended."""
+    files = [images.root / str(name) for name in images.file]
+    todo = _shards_to_do(writer, files, backbone)
+    total = sum(len(shard) for shard in todo)
+    batches = [batch for shard in todo for batch in batches_of(shard, writer.batch_size)]
+    stream = stream_features(backbone, files, batches, worker_count(config.workers))
+    start, bad = perf_counter(), 0
+    for shard in todo:
+        parts: list[FeatureBatch] = []
+        for part in _take(stream, shard):
+            parts.append(part)
+            report.seconds.update(part.seconds)
+            report.extracted += len(part.rows)
+            bad += int((part.error != "").sum())
+            progress(report.extracted, total, f"{bad} bad" if bad else "")
+        _stop_at_bad(config, files, parts)
+        _write(writer, shard, backbone, parts, report)
+    report.wall_seconds = perf_counter() - start
+    report.bad = writer.errors()
+
+
+def _shards_to_do(writer: StoreWriter, files: Sequence[Path], backbone: Backbone) -> list[range]:
+    size_px = backbone.key.size_px
+    scratch = np.zeros((size_px, size_px, 3), dtype=np.uint8)
+    mended = np.zeros(len(files), dtype=np.bool_)
+    for row in np.flatnonzero(writer.status == schema.BAD):
+        mended[row] = not load_image(files[row], backbone.key.interpolation, scratch).error
+    pending = mended | (writer.status == schema.PENDING)
+    return [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
+
+
+def _take(stream: Iterator[FeatureBatch], shard: range) -> Iterator[FeatureBatch]:
+    """Yield the batches of one shard: no batch crosses its end."""
+    for part in stream:
+        yield part
+        if part.rows.stop == shard.stop:
+            return
+
+
+def _stop_at_bad(
+    config: ExtractConfig, files: Sequence[Path], parts: Sequence[FeatureBatch]
+) -> None:
+    if config.on_error == "skip":
+        return
+    for part in parts:
+        for row, error in zip(part.rows, part.error, strict=True):
+            if error:
+                raise MlcError(f"{files[row]}: {error}; mend it, or pass --on-error skip")
+
+
+def _write(
+    writer: StoreWriter,
+    shard: range,
+    backbone: Backbone,
+    parts: Sequence[FeatureBatch],
+    report: ExtractReport,
+) -> None:
+    start = perf_counter()
+    features = np.concatenate([part.features for part in parts])[:, None]
+    writer.write_shard(
+        shard,
+        dict.fromkeys(backbone.key.layers, features),
+        np.concatenate([part.content_hash for part in parts]),
+        np.concatenate([part.error for part in parts]),
+    )
+    report.seconds["write"] += perf_counter() - start

@@ -1,0 +1,1 @@
+"""The feature cache: one schema in two formats, HDF5 and Zarr v3."""

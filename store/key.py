@@ -1,0 +1,69 @@
+"""FeatureKey: what makes the features of one image, and so what makes two stores the same."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlc.configs.errors import MlcError
+
+DIGEST_CHARS = 10
+
+
+@dataclass(frozen=True)
+class FeatureKey:
+    """Everything that changes the features of one image; which images there are is not in it.
+
+    Attributes:
+        backbone: architecture, e.g. "resnet50"; its pretrained tag is in ``weights``.
+        weights: hash of the tensors that the features depend on.
+        layers: names of the layers that are stored.
+        size_px: side of the square that the backbone sees.
+        resize: "squash": the whole image, its aspect ratio not kept.
+        interpolation: of the resize.
+        decode: "pillow": decoded and resized by Pillow, as the reference pipelines do.
+        mean: of the normalisation, per RGB channel, pixels in [0, 1].
+        std: of the normalisation.
+        precision: of the forward pass.
+        views: names of the cached views of an image.
+        dtype: of the stored numbers.
+    """
+
+    backbone: str
+    weights: str
+    layers: tuple[str, ...]
+    size_px: int
+    resize: str
+    interpolation: str
+    decode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str
+    views: tuple[str, ...]
+    dtype: str
+
+    def digest(self) -> str:
+        """Return the short hash that a store's name carries."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the key as JSON values, lists for tuples."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+
+def require_same_key(where: object, stored: Mapping[str, Any], asked: FeatureKey) -> None:
+    """Raise an MlcError that names each field in which a store differs from what is asked."""
+    wanted = asked.to_json()
+    differences = [
+        f"{field}: stored {stored.get(field)!r}, asked {wanted.get(field)!r}"
+        for field in sorted(wanted.keys() | stored.keys())
+        if stored.get(field) != wanted.get(field)
+    ]
+    if differences:
+        raise MlcError(
+            f"{where}: made with other settings: {'; '.join(differences)}; "
+            "ask for the same settings, or name another store with --out"
+        )
