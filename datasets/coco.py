@@ -53,10 +53,11 @@ def read_coco(root: Path, keep_unlabelled: bool = False) -> ImageSet:
         observed=full_labels(true),
         true=true,
         split=split,
+        dataset="coco",
         expected_positives=EXPECTED_POSITIVES,
     )
     labels = table if keep_unlabelled else table.rows(true.any(axis=1))
-    return ImageSet(name="coco", root=root, image_id=image_id, file=file, labels=labels)
+    return ImageSet(root=root, image_id=image_id, file=file, labels=labels)
 
 
 def _check_layout(root: Path) -> None:

@@ -47,8 +47,9 @@ def read_csv(path: Path, root: Path, unlisted: Unlisted = "absent") -> ImageSet:
         observed=observed,
         true=observed == 1 if unlisted == "absent" else None,
         split=np.array([row.get("split") or "" for row in rows]),
+        dataset=f"csv-{path.stem}",
     )
-    return ImageSet(name=path.stem, root=root, image_id=file, file=file, labels=labels)
+    return ImageSet(root=root, image_id=file, file=file, labels=labels)
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -17,14 +17,12 @@ class ImageSet:
     """M images below a root folder.
 
     Attributes:
-        name: "coco", or the stem of a CSV file; part of a store's default name.
         root: the folder that ``file`` is relative to.
         image_id: (M,) text, unique.
         file: (M,) text, paths relative to ``root``.
         labels: the label table, which may leave images out.
     """
 
-    name: str
     root: Path
     image_id: NDArray[np.str_]
     file: NDArray[np.str_]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,6 +25,7 @@ class LabelTable:
         observed: (N, L) int8, what training may see: +1 positive, 0 unknown, -1 negative.
         true: (N, L) bool, or None where the truth is not known.
         split: (N,) text, "train", "val" or "test"; "" where nothing has assigned it yet.
+        dataset: name of the data set: a key of DATASETS, or "csv-" and the stem of a CSV.
         expected_positives: mean number of positives of an image, a given constant of the data
             set in the MLSPL losses; None where no source states one.
     """
@@ -34,6 +36,7 @@ class LabelTable:
     observed: NDArray[np.int8]
     true: NDArray[np.bool_] | None
     split: NDArray[np.str_]
+    dataset: str
     expected_positives: float | None = None
 
     def __post_init__(self) -> None:
@@ -104,12 +107,13 @@ def class_columns(classes: Sequence[str], names: Sequence[str]) -> list[int]:
 
 def save_labels(table: LabelTable, path: Path) -> None:
     """Write a table as one ``.npz`` file, aside and renamed, so that it is whole or absent."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "image_id": table.image_id,
         "image_file": table.file,  # "file" is the name of numpy's own argument
         "classes": np.array(table.classes, dtype=np.str_),
         "observed": table.observed,
         "split": table.split,
+        "dataset": np.str_(table.dataset),
     }
     if table.true is not None:
         arrays["true"] = table.true
@@ -137,6 +141,7 @@ def load_labels(path: Path) -> LabelTable:
                 observed=arrays["observed"],
                 true=arrays["true"] if "true" in arrays else None,
                 split=arrays["split"],
+                dataset=str(arrays["dataset"]),
                 expected_positives=float(arrays["expected_positives"])
                 if "expected_positives" in arrays
                 else None,

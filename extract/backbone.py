@@ -15,8 +15,10 @@ from timm.models import get_pretrained_cfg, is_model, list_models, split_model_n
 from torch import Tensor, nn
 
 from mlc.configs import Config
+from mlc.configs.device import choose_device
 from mlc.configs.errors import MlcError, nearest
 from mlc.extract.images import INTERPOLATIONS
+from mlc.extract.memory import keep_freed_memory
 from mlc.extract.weights import hash_weights, load_weights
 from mlc.store.key import FeatureKey
 
@@ -99,6 +101,7 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
         MlcError: the model is unknown, its weights cannot be had or do not fit, it cannot take
             images of this size, or the device is not there.
     """
+    keep_freed_memory()
     device = choose_device(config.device)
     name = resolve_name(config.backbone)
     model = _build(name, config)
@@ -134,22 +137,6 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
         device=device,
         key=key,
     )
-
-
-def choose_device(device: str) -> torch.device:
-    """Return a device by name, "auto" being the GPU if there is one; never a silent fallback.
-
-    Raises:
-        MlcError: no such device here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise MlcError(f"device: {device!r} is not to be had here ({error})") from None
-    return chosen
 
 
 def resolve_name(name: str) -> str:

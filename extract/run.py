@@ -25,6 +25,7 @@ from mlc.store.reader import labels_path
 from mlc.store.writer import Layout, StoreWriter
 
 STAGES = ("read", "decode", "infer", "write")
+DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
 
 
 class ExtractConfig(DataConfig, BackboneConfig):
@@ -34,7 +35,8 @@ class ExtractConfig(DataConfig, BackboneConfig):
         out: path of the store; by default ``features/`` and a name that carries its key's hash.
         format: "zarr" or "hdf5"; by default what ``out`` ends in, else Zarr.
         dtype: of the stored features.
-        batch_size: images in one forward pass.
+        batch_size: images in one forward pass; by default 8 on a CPU, whose caches it should
+            fit, and 64 on a GPU.
         shard_rows: images written and marked done together: what a killed process may lose.
         workers: threads that read and decode; by default one for each core.
         on_error: "skip" records a bad image and goes on, "raise" stops at it.
@@ -43,7 +45,7 @@ class ExtractConfig(DataConfig, BackboneConfig):
     out: Path | None = None
     format: str | None = None
     dtype: Literal["float32", "float16"] = "float32"
-    batch_size: int = 32
+    batch_size: int | None = None
     shard_rows: int = 256
     workers: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
@@ -120,7 +122,7 @@ def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> P
         return config.out
     suffix = choose(schema.FORMATS, config.format or "zarr", "format").suffix
     key = backbone.key
-    return Path("features") / f"{images.name}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
+    return Path("features") / f"{images.labels.dataset}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
 
 
 def batches_of(rows: range, batch_size: int) -> list[range]:
@@ -162,7 +164,7 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
         image_id=images.image_id,
         file=images.file,
         widths=dict.fromkeys(backbone.key.layers, backbone.width),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or DEFAULT_BATCH[backbone.device.type],
         shard_rows=config.shard_rows,
         made_by=recorded,
     )

@@ -1,0 +1,1 @@
+"""Stage 2: heads, losses and metrics on stored features."""

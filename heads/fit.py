@@ -1,0 +1,114 @@
+"""fit(): from a config to a run folder, the job of ``mlc train-head`` and of each run of a sweep."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlc.configs.device import choose_device
+from mlc.configs.progress import Progress, silent
+from mlc.configs.provenance import made_by
+from mlc.datasets.labels import LabelTable
+from mlc.datasets.protocol import apply_protocol
+from mlc.heads.inputs import Features, Split, join
+from mlc.heads.metrics import evaluate
+from mlc.heads.run_folder import Run, read_run, write_run
+from mlc.heads.train import (
+    TrainConfig,
+    TrainedHead,
+    check_config,
+    default_labels,
+    probabilities,
+    settle_knobs,
+    train_head,
+)
+
+NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
+
+
+def fit(
+    config: TrainConfig, features: Features, table: LabelTable, progress: Progress = silent
+) -> Run:
+    """Train one head and write its run folder.
+
+    Args:
+        config: what to train.
+        features: of the store.
+        table: as read; the protocol of the config is applied to it here.
+        progress: told after each epoch.
+
+    Raises:
+        MlcError: see ``check_config``, ``apply_protocol``, ``join`` and ``train_head``.
+    """
+    check_config(config)
+    config = config.model_copy(update={"labels": default_labels(config, table)})
+    path = config.out or run_path(config, features)
+    table = apply_protocol(
+        table,
+        config.labels or "as-given",
+        split_seed=config.split_seed,
+        corruption_seed=config.corruption_seed,
+    )
+    splits = join(features, table, choose_device(config.device))
+    knobs = settle_knobs(config, table)
+    trained = train_head(config, splits, knobs, progress)
+    config = config.model_copy(update={"features": features.path, "knobs": knobs, "out": path})
+    write_run(
+        path,
+        config,
+        trained.state,
+        trained.history,
+        _scores(splits["test"], trained),
+        _results(config, features, table, splits, trained),
+    )
+    return read_run(path)
+
+
+def run_path(config: TrainConfig, features: Features) -> Path:
+    """Return the default run folder: the same settings on the same features, the same path."""
+    settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
+    text = json.dumps([settings, dict(features.key)], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
+    return Path("runs") / name
+
+
+def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        "image_id": test.image_id,
+        "logits": trained.logits["test"],
+        "true": test.true,
+        "observed": test.observed.cpu().numpy(),
+    }
+
+
+def _results(
+    config: TrainConfig,
+    features: Features,
+    table: LabelTable,
+    splits: dict[str, Split],
+    trained: TrainedHead,
+) -> dict[str, Any]:
+    metrics = {
+        name: evaluate(
+            probabilities(trained.logits[name]), splits[name].true, table.classes, config.threshold
+        )
+        for name in ("val", "test")
+    }
+    return {
+        "best_epoch": trained.best_epoch,
+        **metrics,
+        "train_images": len(splits["train"].image_id),
+        "truth_known": table.true is not None,
+        "classes": list(table.classes),
+        "features": {
+            "store": str(features.path),
+            "key": dict(features.key),
+            "backbone": features.made_by["backbone"],
+            "weights_licence": features.made_by["weights_licence"],
+            "backbone_config": features.made_by["backbone_config"],
+        },
+        "made_by": made_by(),
+    }

@@ -1,0 +1,131 @@
+"""Inputs of training: stored features joined by image id with labels, cut into splits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import SPLITS, LabelTable, load_labels, select_classes
+from mlc.datasets.source import DataConfig, read_images
+from mlc.store import schema
+from mlc.store.reader import FeatureStore, find_store, labels_path
+
+
+class LabelsConfig(DataConfig):
+    """Which store, and which labels: beside the store unless ``data`` or ``labels_file`` is given.
+
+    Attributes:
+        features: the store; by default the only one in ``features/``.
+        data: see DataConfig; read again instead of the labels beside the store.
+        labels_file: a label table that ``mlc data prepare --out`` wrote.
+        classes: keep these classes, in this order; by default all.
+    """
+
+    features: Path | None = None
+    data: str | None = None  # type: ignore[assignment]
+    labels_file: Path | None = None
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pooled features of a store's good images.
+
+    Attributes:
+        path: the store.
+        image_id: (M,) text.
+        values: (M, D) float32.
+        key: the store's key.
+        made_by: what the store recorded.
+    """
+
+    path: Path
+    image_id: NDArray[np.str_]
+    values: NDArray[np.float32]
+    key: Mapping[str, Any]
+    made_by: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, on one device.
+
+    Attributes:
+        image_id: (n,) text.
+        features: (n, D) float32.
+        observed: (n, L) int8 of +1, 0, -1.
+        true: (n, L) bool, the truth or, where it is not known, the observed positives.
+    """
+
+    image_id: NDArray[np.str_]
+    features: Tensor
+    observed: Tensor
+    true: NDArray[np.bool_]
+
+
+def read_features(path: Path | None) -> Features:
+    """Load the pooled features of a store whole: a COCO of 2,048-d features is 1 GB.
+
+    Raises:
+        MlcError: see ``find_store`` and ``FeatureStore``.
+    """
+    with FeatureStore(find_store(path)) as store:
+        good = store.status == schema.OK
+        return Features(
+            path=store.path,
+            image_id=store.image_id[good],
+            values=store.pooled()[good],
+            key=store.key,
+            made_by=store.made_by,
+        )
+
+
+def read_labels(config: LabelsConfig, store: Path) -> LabelTable:
+    """Read the labels that a config names, by default those beside the store.
+
+    Raises:
+        MlcError: two sources are named, or the one that is named cannot be read.
+    """
+    if config.data is not None and config.labels_file is not None:
+        raise MlcError("labels: got both --data and --labels-file; pass one")
+    if config.data is not None:
+        table = read_images(config).labels
+    elif config.root is not None:
+        raise MlcError("labels: --root without --data; pass --data coco or a CSV too")
+    else:
+        table = load_labels(config.labels_file or labels_path(store))
+    return table if config.classes is None else select_classes(table, config.classes)
+
+
+def join(
+    features: Features, table: LabelTable, device: torch.device, splits: tuple[str, ...] = SPLITS
+) -> dict[str, Split]:
+    """Return the splits of a table with their features; bad images are left out.
+
+    Raises:
+        MlcError: none of a split's images has features.
+    """
+    row = {image_id: index for index, image_id in enumerate(features.image_id.tolist())}
+    result = {}
+    for name in splits:
+        part = table.part(name)
+        rows = np.array([row.get(image_id, -1) for image_id in part.image_id.tolist()], np.intp)
+        if not (rows >= 0).any():
+            raise MlcError(
+                f"{features.path}: has features of none of the {len(part)} images of split "
+                f"{name!r}; name the store of this data set with --features"
+            )
+        part = part.rows(rows >= 0)
+        result[name] = Split(
+            image_id=part.image_id,
+            features=torch.from_numpy(features.values[rows[rows >= 0]]).to(device),
+            observed=torch.from_numpy(part.observed).to(device),
+            true=part.targets(),
+        )
+    return result

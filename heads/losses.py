@@ -1,0 +1,109 @@
+"""LOSSES: the table of methods, and the one place where cells become a number.
+
+A method is at most four pure pieces, written for any leading axes, so that the same function
+serves one head and a stack of them; knobs may be numbers or tensors of shape (heads, 1, 1).
+To add one: write its file beside ``bce.py``, add a line here; commands and tests follow.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mlc.configs.errors import MlcError, choose, nearest
+from mlc.heads.assume_negative import an, an_ls, wan
+from mlc.heads.bce import bce, bce_ls
+from mlc.heads.expected_positive import epr, epr_term
+from mlc.heads.role import role, role_term
+
+ESTIMATOR = "estimator_logits"  # the argument through which a method gets its table's rows
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss.
+
+    Attributes:
+        cells: (logits, labels, **knobs) -> (..., B, L), one cost for each cell.
+        labels: what it is made for, the default of a data set of the papers.
+        batch_term: (logits, **knobs) -> (...), added to the mean of the cells.
+    """
+
+    cells: Callable[..., Tensor]
+    labels: Literal["full", "single-positive"]
+    batch_term: Callable[..., Tensor] | None = None
+
+    @property
+    def has_estimator(self) -> bool:
+        """Whether it trains a table of label estimates beside the head."""
+        return ESTIMATOR in _keywords(self.cells)
+
+    def knobs(self) -> dict[str, Any]:
+        """Return the knobs and their defaults; ``inspect.Parameter.empty`` where there is none."""
+        found = _keywords(self.cells) | (_keywords(self.batch_term) if self.batch_term else {})
+        return {name: default for name, default in found.items() if name != ESTIMATOR}
+
+
+def loss_value(
+    method: Method,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    estimator_logits: Tensor | None = None,
+    **knobs: Any,
+) -> Tensor:
+    """Return a method's loss: the mean of its cells plus its batch term.
+
+    Args:
+        method: an entry of ``LOSSES``.
+        logits: (..., B, L).
+        labels: (..., B, L), +1 positive, 0 unknown, -1 negative.
+        weights: (..., B, L) of the cells; one of weight 0 has no gradient. The divisor stays
+            B * L, as in the MLSPL release: cells that cost nothing count in the mean.
+        estimator_logits: (..., B, L), for methods that have an estimator.
+        knobs: of the method.
+
+    Returns:
+        (...) losses.
+    """
+    if estimator_logits is not None:
+        knobs[ESTIMATOR] = estimator_logits
+    cells = method.cells(logits, labels, **_wanted(method.cells, knobs))
+    if weights is not None:
+        cells = cells * weights
+    value = cells.sum(dim=(-2, -1)) / (logits.shape[-2] * logits.shape[-1])
+    if method.batch_term is not None:
+        value = value + method.batch_term(logits, **_wanted(method.batch_term, knobs))
+    return value
+
+
+def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
+    """Raise an MlcError if a loss is unknown or lacks a knob, before any work starts."""
+    known = choose(LOSSES, loss, "loss").knobs()
+    for name in knobs:
+        if name not in known:
+            hint = nearest(name, known) if known else "it has none"
+            raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
+
+
+def _keywords(function: Callable[..., Tensor]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _wanted(function: Callable[..., Tensor], knobs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in knobs.items() if name in _keywords(function)}
+
+
+LOSSES: dict[str, Method] = {
+    "bce": Method(bce, "full"),
+    "bce_ls": Method(bce_ls, "full"),
+    "an": Method(an, "single-positive"),
+    "an_ls": Method(an_ls, "single-positive"),
+    "wan": Method(wan, "single-positive"),
+    "epr": Method(epr, "single-positive", epr_term),
+    "role": Method(role, "single-positive", role_term),
+}
