@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``1e-3`` is a number, as everybody who writes a learning rate means it."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 

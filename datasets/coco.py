@@ -56,7 +56,7 @@ def read_coco(root: Path, keep_unlabelled: bool = False) -> ImageSet:
         dataset="coco",
         expected_positives=EXPECTED_POSITIVES,
     )
-    labels = table if keep_unlabelled else table.rows(true.any(axis=1))
+    labels = table if keep_unlabelled else table.rows(np.asarray(true.any(axis=1)))
     return ImageSet(root=root, image_id=image_id, file=file, labels=labels)
 
 

@@ -139,7 +139,7 @@ def load_labels(path: Path) -> LabelTable:
                 file=arrays["image_file"],
                 classes=tuple(str(name) for name in arrays["classes"]),
                 observed=arrays["observed"],
-                true=arrays["true"] if "true" in arrays else None,
+                true=arrays.get("true"),
                 split=arrays["split"],
                 dataset=str(arrays["dataset"]),
                 expected_positives=float(arrays["expected_positives"])

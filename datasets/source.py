@@ -1,4 +1,4 @@
-"""Which data set a command means: ``coco`` or the path of a CSV."""
+"""Which data set a command means: a name of DATASETS, or the path of a CSV."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,19 @@ from mlc.configs import Config
 from mlc.configs.errors import MlcError, nearest
 from mlc.datasets.coco import read_coco
 from mlc.datasets.csv_file import Unlisted, read_csv
+from mlc.datasets.digits import read_digits
 from mlc.datasets.images import ImageSet
 
-DATASETS = {"coco": read_coco}
+# A reader takes the root folder and ``keep_unlabelled``; to add a data set, add its line here.
+DATASETS = {"coco": read_coco, "digits": read_digits}
 
 
 class DataConfig(Config):
     """Where images and labels come from.
 
     Attributes:
-        data: "coco", or the path of a CSV of ``file,labels``.
-        root: the folder of the images; by default ``data/coco`` (or ``$MLC_DATA/coco``), and the
+        data: a key of DATASETS, or the path of a CSV of ``file,labels``.
+        root: the folder of the images; by default ``data/NAME`` (or ``$MLC_DATA/NAME``), and the
             folder of the CSV.
         keep_unlabelled: COCO: keep the images without annotations, as Query2Label does.
         unlisted: CSV: what a class is that a row does not list.

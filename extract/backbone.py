@@ -1,7 +1,6 @@
 """Backbone: a frozen timm model, what it wants its input to be, and where its weights are from."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +35,7 @@ class BackboneConfig(Config):
     Attributes:
         backbone: a timm name, with or without its pretrained tag, or ``hf-hub:OWNER/NAME``.
         weights: a weights file instead of the published ones.
+        weights_licence: of that file, if you know it; recorded in stores and runs.
         random_weights: untrained, for tests; seeded.
         size_px: side of the square input; by default the model's own.
         interpolation: of the resize; by default the model's own.
@@ -46,6 +46,7 @@ class BackboneConfig(Config):
 
     backbone: str = "resnet50"
     weights: Path | None = None
+    weights_licence: str | None = None
     random_weights: bool = False
     size_px: int | None = None
     interpolation: str | None = None
@@ -72,6 +73,11 @@ class Backbone:
     licence: str
     device: torch.device
     key: FeatureKey
+
+    @property
+    def default_batch(self) -> int:
+        """Return a batch size that suits the device: what fits a CPU's caches, or fills a GPU."""
+        return 8 if self.device.type == "cpu" else 64
 
     @torch.inference_mode()
     def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -104,7 +110,7 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
     keep_freed_memory()
     device = choose_device(config.device)
     name = resolve_name(config.backbone)
-    model = _build(name, config)
+    model, licence = _build(name, config)
     cfg = resolve_model_data_config(model)
     size_px = config.size_px or int(cfg["input_size"][-1])
     model.reset_classifier(0)
@@ -133,7 +139,7 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
         name=_describe(name, config),
         module=model,
         width=_width(model, name, size_px, device),
-        licence=_licence(model, config),
+        licence=config.weights_licence or licence,
         device=device,
         key=key,
     )
@@ -147,11 +153,13 @@ def resolve_name(name: str) -> str:
     """
     if name.startswith(HUB):
         return name
-    architecture, tag = split_model_name_tag(name)
+    architecture, tag = map(str, split_model_name_tag(name))
     if not is_model(architecture):
         raise MlcError(f"unknown backbone {architecture!r}; {nearest(architecture, list_models())}")
     if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
-        tags = [each.partition(".")[2] for each in list_models(f"{architecture}.*", pretrained=True)]
+        tags = [
+            each.partition(".")[2] for each in list_models(f"{architecture}.*", pretrained=True)
+        ]
         raise MlcError(f"unknown tag {tag!r} of {architecture}; {nearest(tag, tags)}")
     if not tag:
         cfg = get_pretrained_cfg(architecture)
@@ -168,8 +176,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _build(name: str, config: BackboneConfig) -> Any:
-    """Return the timm model with its classifier, as the weights are published with it."""
+def _build(name: str, config: BackboneConfig) -> tuple[Any, str]:
+    """Return the timm model, its classifier still on, and the licence of its weights."""
     if config.weights and config.random_weights:
         raise MlcError("weights: got both a file and --random-weights; pass one")
     # The hub's client retries for a minute and logs each try; one sentence at the end is enough.
@@ -187,8 +195,10 @@ def _build(name: str, config: BackboneConfig) -> Any:
             "or pass --weights FILE"
         ) from None
     if config.weights:
-        load_weights(model, config.weights)
-    return model
+        return model, load_weights(model, config.weights)
+    if config.random_weights:
+        return model, "none, they are random"
+    return model, str(model.pretrained_cfg.get("license") or "unknown")
 
 
 def _resize_input(model: Any, name: str, size_px: int, native_px: int) -> Any:
@@ -211,7 +221,9 @@ def _width(model: nn.Module, name: str, size_px: int, device: torch.device) -> i
             f"size_px: {name} cannot take {size_px} px ({' '.join(str(error).split())[:160]})"
         ) from None
     if output.ndim != 2:
-        raise MlcError(f"{name}: gives features of shape {list(output.shape)[1:]}, expected one row")
+        raise MlcError(
+            f"{name}: gives features of shape {list(output.shape)[1:]}, expected one row"
+        )
     return int(output.shape[1])
 
 
@@ -220,12 +232,3 @@ def _describe(name: str, config: BackboneConfig) -> str:
     if config.weights:
         return f"{architecture} with {config.weights.name}"
     return f"{architecture} with random weights" if config.random_weights else name
-
-
-def _licence(model: Any, config: BackboneConfig) -> str:
-    if config.weights:
-        return f"unknown, see where {config.weights.name} is from"
-    if config.random_weights:
-        return "none"
-    cfg: Mapping[str, Any] = model.pretrained_cfg
-    return str(cfg.get("license") or "unknown")

@@ -1,9 +1,8 @@
 """extract(): the images of a data set through a backbone into a store, resumable."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -25,7 +24,6 @@ from mlc.store.reader import labels_path
 from mlc.store.writer import Layout, StoreWriter
 
 STAGES = ("read", "decode", "infer", "write")
-DEFAULT_BATCH = {"cpu": 8, "cuda": 64}
 
 
 class ExtractConfig(DataConfig, BackboneConfig):
@@ -58,6 +56,7 @@ class ExtractReport:
     Attributes:
         path: the store.
         backbone: its full name.
+        weights: hash of its tensors.
         licence: of its weights.
         images: rows of the store.
         extracted: rows extracted by this call; the others were there.
@@ -68,12 +67,13 @@ class ExtractReport:
 
     path: Path
     backbone: str
+    weights: str
     licence: str
     images: int
     extracted: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     wall_seconds: float = 0.0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport:
@@ -92,7 +92,9 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
     images.check_files()
     backbone = load_backbone(config, config.dtype)
     path = store_path(config, images, backbone)
-    report = ExtractReport(path, backbone.name, backbone.licence, len(images.file))
+    report = ExtractReport(
+        path, backbone.name, backbone.key.weights, backbone.licence, len(images.file)
+    )
     with writer_lock(path):
         writer = StoreWriter.create_or_resume(path, _layout(config, images, backbone))
         try:
@@ -116,13 +118,16 @@ def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> P
         asked = config.format and choose(schema.FORMATS, config.format, "format").suffix
         if asked and config.out.suffix != asked:
             raise MlcError(
-                f"out: {config.out} does not end in {asked}, which --format {config.format} asks for"
+                f"out: {config.out} does not end in {asked}, as --format {config.format} asks"
             )
         schema.format_of(config.out)
         return config.out
     suffix = choose(schema.FORMATS, config.format or "zarr", "format").suffix
     key = backbone.key
-    return Path("features") / f"{images.labels.dataset}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
+    return (
+        Path("features")
+        / f"{images.labels.dataset}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
+    )
 
 
 def batches_of(rows: range, batch_size: int) -> list[range]:
@@ -164,7 +169,7 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
         image_id=images.image_id,
         file=images.file,
         widths=dict.fromkeys(backbone.key.layers, backbone.width),
-        batch_size=config.batch_size or DEFAULT_BATCH[backbone.device.type],
+        batch_size=config.batch_size or backbone.default_batch,
         shard_rows=config.shard_rows,
         made_by=recorded,
     )
@@ -189,7 +194,8 @@ def _fill(
         parts: list[FeatureBatch] = []
         for part in _take(stream, shard):
             parts.append(part)
-            report.seconds.update(part.seconds)
+            for stage, seconds in part.seconds.items():
+                report.seconds[stage] += seconds
             report.extracted += len(part.rows)
             bad += int((part.error != "").sum())
             progress(report.extracted, total, f"{bad} bad" if bad else "")
@@ -203,7 +209,7 @@ def _shards_to_do(writer: StoreWriter, files: Sequence[Path], backbone: Backbone
     size_px = backbone.key.size_px
     scratch = np.zeros((size_px, size_px, 3), dtype=np.uint8)
     mended = np.zeros(len(files), dtype=np.bool_)
-    for row in np.flatnonzero(writer.status == schema.BAD):
+    for row in np.flatnonzero(writer.status == schema.BAD).tolist():
         mended[row] = not load_image(files[row], backbone.key.interpolation, scratch).error
     pending = mended | (writer.status == schema.PENDING)
     return [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]

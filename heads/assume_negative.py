@@ -37,9 +37,7 @@ def an_ls(logits: Tensor, labels: Tensor, *, smoothing: float | Tensor = 0.1) ->
     return bce_ls(logits, torch.where(labels == 1, 1, -1), smoothing=smoothing)
 
 
-def wan(
-    logits: Tensor, labels: Tensor, *, negative_weight: float | Tensor | None = None
-) -> Tensor:
+def wan(logits: Tensor, labels: Tensor, *, negative_weight: float | Tensor | None = None) -> Tensor:
     """Weak assume negative (WAN): AN whose assumed negatives together weigh one positive.
 
     Args:
@@ -55,6 +53,4 @@ def wan(
     if negative_weight is None:
         negative_weight = 1 / max(1, logits.shape[-1] - 1)
     probs = torch.sigmoid(logits)
-    return torch.where(
-        labels == 1, negative_log(probs), negative_weight * negative_log(1 - probs)
-    )
+    return torch.where(labels == 1, negative_log(probs), negative_weight * negative_log(1 - probs))

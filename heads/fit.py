@@ -1,7 +1,8 @@
-"""fit(): from a config to a run folder, the job of ``mlc train-head`` and of each run of a sweep."""
+"""fit(): from a config to a run folder: ``mlc train-head``, and each head of a sweep."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +29,77 @@ from mlc.heads.train import (
 NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Labels as one protocol shows them, joined with features.
+
+    Attributes:
+        table: the label table, its splits assigned.
+        splits: "train", "val" and "test", on the device of training.
+    """
+
+    table: LabelTable
+    splits: dict[str, Split]
+
+
+def prepare(config: TrainConfig, features: Features, table: LabelTable) -> Prepared:
+    """Apply a config's protocol to a table as read, and join it with the features.
+
+    Raises:
+        MlcError: see ``apply_protocol``, ``join`` and ``choose_device``.
+    """
+    table = apply_protocol(
+        table,
+        default_labels(config, table),
+        split_seed=config.split_seed,
+        corruption_seed=config.corruption_seed,
+    )
+    return Prepared(table, join(features, table, choose_device(config.device)))
+
+
 def fit(
-    config: TrainConfig, features: Features, table: LabelTable, progress: Progress = silent
+    config: TrainConfig, features: Features, prepared: Prepared, progress: Progress = silent
 ) -> Run:
     """Train one head and write its run folder.
 
     Args:
         config: what to train.
         features: of the store.
-        table: as read; the protocol of the config is applied to it here.
+        prepared: by ``prepare``, with a config of the same protocol.
         progress: told after each epoch.
 
     Raises:
-        MlcError: see ``check_config``, ``apply_protocol``, ``join`` and ``train_head``.
+        MlcError: see ``check_config``, ``settle_knobs``, ``train_head`` and ``write_run``.
     """
     check_config(config)
-    config = config.model_copy(update={"labels": default_labels(config, table)})
+    table, splits = prepared.table, prepared.splits
     path = config.out or run_path(config, features)
-    table = apply_protocol(
-        table,
-        config.labels or "as-given",
-        split_seed=config.split_seed,
-        corruption_seed=config.corruption_seed,
-    )
-    splits = join(features, table, choose_device(config.device))
-    knobs = settle_knobs(config, table)
-    trained = train_head(config, splits, knobs, progress)
-    config = config.model_copy(update={"features": features.path, "knobs": knobs, "out": path})
+    settled: dict[str, Any] = {
+        "labels": default_labels(config, table),
+        "features": features.path,
+        "knobs": settle_knobs(config, table),
+        "out": path,
+    }
+    resolved = config.model_copy(update=settled)
+    trained = train_head(resolved, splits, progress)
     write_run(
         path,
-        config,
+        resolved,
         trained.state,
         trained.history,
         _scores(splits["test"], trained),
-        _results(config, features, table, splits, trained),
+        _results(resolved, features, table, splits, trained),
     )
     return read_run(path)
 
 
-def run_path(config: TrainConfig, features: Features) -> Path:
+def run_path(config: TrainConfig, features: Features, folder: Path = Path("runs")) -> Path:
     """Return the default run folder: the same settings on the same features, the same path."""
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
     text = json.dumps([settings, dict(features.key)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
-    return Path("runs") / name
+    return folder / name
 
 
 def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:

@@ -51,9 +51,9 @@ def loss_value(
     logits: Tensor,
     labels: Tensor,
     *,
+    knobs: Mapping[str, Any],
     weights: Tensor | None = None,
     estimator_logits: Tensor | None = None,
-    **knobs: Any,
 ) -> Tensor:
     """Return a method's loss: the mean of its cells plus its batch term.
 
@@ -61,16 +61,16 @@ def loss_value(
         method: an entry of ``LOSSES``.
         logits: (..., B, L).
         labels: (..., B, L), +1 positive, 0 unknown, -1 negative.
+        knobs: of the method; those that have no default must be there.
         weights: (..., B, L) of the cells; one of weight 0 has no gradient. The divisor stays
             B * L, as in the MLSPL release: cells that cost nothing count in the mean.
         estimator_logits: (..., B, L), for methods that have an estimator.
-        knobs: of the method.
 
     Returns:
         (...) losses.
     """
     if estimator_logits is not None:
-        knobs[ESTIMATOR] = estimator_logits
+        knobs = {**knobs, ESTIMATOR: estimator_logits}
     cells = method.cells(logits, labels, **_wanted(method.cells, knobs))
     if weights is not None:
         cells = cells * weights

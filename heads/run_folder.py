@@ -11,11 +11,10 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mlc.configs import dump
+from mlc.configs import dump, load
 from mlc.configs.errors import MlcError, choose
 from mlc.heads.linear import HEADS
 from mlc.heads.train import TrainConfig
@@ -35,7 +34,7 @@ class Run:
     """
 
     path: Path
-    config: Mapping[str, Any]
+    config: TrainConfig
     results: Mapping[str, Any]
 
     @property
@@ -52,7 +51,7 @@ class Run:
         """Return the trained head on the CPU."""
         state = safetensors.torch.load_file(self.path / HEAD)
         classes, width = state["weight"].shape
-        make = choose(HEADS, self.config["head"], "head")
+        make = choose(HEADS, self.config.head, "head")
         head = make(width, classes, torch.Generator())
         head.load_state_dict(state)
         return head.eval()
@@ -78,9 +77,11 @@ def write_run(
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(dump(config))
     # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
-    safetensors.torch.save_file({name: each.clone() for name, each in state.items()}, partial / HEAD)
+    safetensors.torch.save_file(
+        {name: each.clone() for name, each in state.items()}, partial / HEAD
+    )
     (partial / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
-    np.savez_compressed(partial / SCORES, **dict(scores))
+    np.savez_compressed(partial / SCORES, allow_pickle=False, **dict(scores))
     (partial / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if path.exists():
         shutil.rmtree(path)
@@ -94,10 +95,9 @@ def read_run(path: Path) -> Run:
         MlcError: it is not there, or not whole.
     """
     try:
-        config = yaml.safe_load((path / CONFIG).read_text())
         results = json.loads((path / RESULTS).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise MlcError(f"{path}: not a run folder; mlc train-head makes one") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise MlcError(f"{path}: a damaged run folder ({error}); train it again") from None
-    return Run(path, config, results)
+    return Run(path, load(TrainConfig, "train-head", str(path / CONFIG)), results)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from mlc.configs.errors import MlcError, choose
@@ -24,43 +25,51 @@ from mlc.heads.metrics import mean_ap
 from mlc.heads.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
 
 
-class TrainConfig(LabelsConfig):
-    """One head.
+class ProtocolConfig(LabelsConfig):
+    """What the heads of a sweep have in common.
 
     Attributes:
         labels: what training sees; by default single positives for the MLSPL losses and full
-            labels for bce on the papers' data sets, and a CSV's labels as given.
+            labels for bce on the data sets of DATASETS, and a CSV's labels as given.
         head: a key of HEADS.
-        loss: a key of LOSSES.
         knobs: of the loss, e.g. ``{smoothing: 0.05}``; ``expected_positives`` is by default the
             papers' constant, else the mean of the training split.
-        lr: of Adam; a label estimator's is ten times it.
-        batch_size: the last partial batch of an epoch is dropped, as the authors do.
         epochs: the head of the best of them is kept.
-        seed: of the initial weights and the label estimator.
         order_seed: of the sequence of batches.
         corruption_seed: of the choice of single positives.
         split_seed: of the validation split.
         val_labels: what selects the best epoch: "clean" labels or the "observed" ones.
         threshold: of CP to OF1.
         device: "auto" is the GPU if there is one.
-        out: the run folder; by default below ``runs/``, named for what is in it.
     """
 
     labels: Labels | None = None
     head: str = "linear"
-    loss: str = "bce"
-    knobs: dict[str, float] = {}
-    lr: float = 1e-3
-    batch_size: int = 16
+    knobs: dict[str, float] = Field(default_factory=dict)
     epochs: int = 25
-    seed: int = 0
     order_seed: int = 0
     corruption_seed: int = OFFICIAL_SEED
     split_seed: int = OFFICIAL_SEED
     val_labels: Literal["clean", "observed"] = "clean"
     threshold: float = 0.5
     device: str = "auto"
+
+
+class TrainConfig(ProtocolConfig):
+    """One head.
+
+    Attributes:
+        loss: a key of LOSSES.
+        lr: of Adam; a label estimator's is ten times it.
+        batch_size: the last partial batch of an epoch is dropped, as the authors do.
+        seed: of the initial weights and the label estimator.
+        out: the run folder; by default below ``runs/``, named for what is in it.
+    """
+
+    loss: str = "bce"
+    lr: float = 1e-3
+    batch_size: int = 16
+    seed: int = 0
     out: Path | None = None
 
 
@@ -85,9 +94,12 @@ def check_config(config: TrainConfig) -> None:
     """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
     choose(HEADS, config.head, "head")
     check_knobs(config.loss, config.knobs)
-    for name, least in (("batch_size", 1), ("epochs", 1), ("seed", 0), ("order_seed", 0)):
-        if getattr(config, name) < least:
-            raise MlcError(f"{name}: should be at least {least}, got {getattr(config, name)}")
+    for name in ("batch_size", "epochs"):
+        if getattr(config, name) < 1:
+            raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")
+    for name in ("seed", "order_seed", "corruption_seed", "split_seed"):
+        if not 0 <= getattr(config, name) < 2**32:
+            raise MlcError(f"{name}: should be from 0 to 2**32 - 1, got {getattr(config, name)}")
     if not (config.lr > 0 and math.isfinite(config.lr)):
         raise MlcError(f"lr: should be a positive number, got {config.lr}")
 
@@ -125,10 +137,7 @@ def _from_data(knob: str, table: LabelTable) -> float:
 
 
 def train_head(
-    config: TrainConfig,
-    splits: Mapping[str, Split],
-    knobs: Mapping[str, float],
-    progress: Progress = silent,
+    config: TrainConfig, splits: Mapping[str, Split], progress: Progress = silent
 ) -> TrainedHead:
     """Train a head on "train", select its epoch on "val", score "val" and "test" with it.
 
@@ -136,9 +145,8 @@ def train_head(
     evaluation of every image: its loaders drop the last partial batch of val and test too.
 
     Args:
-        config: checked.
+        config: checked, its knobs settled.
         splits: "train", "val" and "test", on the device of training.
-        knobs: of the loss, all settled.
         progress: told after each epoch.
 
     Raises:
@@ -158,7 +166,7 @@ def train_head(
     best_map = -math.inf
     for epoch in range(1, config.epochs + 1):
         batches = batches_of_epoch(len(train.image_id), config.batch_size, order)
-        loss = run_epoch(method, head, estimator, optimiser, train, batches, knobs)
+        loss = run_epoch(method, head, estimator, optimiser, train, batches, config.knobs)
         val_map = mean_ap(probabilities(score(head, splits["val"], config.loss)), targets)
         history.append({"epoch": epoch, "loss": loss, "val_mAP": val_map})
         if val_map > best_map:
@@ -200,8 +208,8 @@ def run_epoch(
             method,
             head(train.features[rows]),
             train.observed[rows],
+            knobs=knobs,
             estimator_logits=None if estimator is None else estimator[rows],
-            **knobs,
         )
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -53,6 +53,10 @@ class Backend(Protocol):
         """Lay out an array (rows,) of text of at most ``max_bytes`` in UTF-8, empty everywhere."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return the rows from ``start`` to before ``stop``."""
         ...

@@ -78,6 +78,10 @@ class Hdf5Backend:
         space = h5py.h5s.create_simple(shape)
         h5py.h5d.create(self._file.id, name.encode(), dtype, space, dcpl=layout, lcpl=parents)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array."""
+        return tuple(self._file[name].shape)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
         dataset = self._file[name]

@@ -68,6 +68,10 @@ class FeatureStore:
         values = self._backend.read(schema.pooled(layer or self.layers[0]))[:, index]
         return np.ascontiguousarray(values, dtype=np.float32)
 
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """Return the (N, V, D) of a layer's pooled features."""
+        return self._backend.shape(schema.pooled(layer))
+
     def content_hash(self) -> NDArray[np.str_]:
         """Return (N,) text: BLAKE2b of each image file."""
         return self._backend.read(schema.CONTENT_HASH)

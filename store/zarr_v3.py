@@ -68,6 +68,10 @@ class ZarrBackend:
         """Lay out text of any length."""
         self._group.create_array(name, shape=(rows,), dtype=str, chunks=(min(chunk_rows, rows),))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array."""
+        return tuple(self._array(name).shape)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
         values = np.asarray(self._array(name)[start:stop])

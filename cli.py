@@ -1,0 +1,374 @@
+"""The ``mlc`` command: each job reads its config, calls one function and prints what came of it.
+
+Libraries that are slow to import are imported inside the commands, so that help is quick.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlc import __version__
+from mlc.configs.errors import MlcError
+
+PATH = click.Path(path_type=Path)
+Option = Callable[[Any], Any]
+
+
+def options(*added: Option) -> Option:
+    """Apply click options in the order in which ``--help`` shows them."""
+
+    def apply(command: Any) -> Any:
+        for each in reversed(added):
+            command = each(command)
+        return command
+
+    return apply
+
+
+def numbers(kind: type, _: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Read ``1e-2,1e-3`` as a tuple of numbers."""
+    try:
+        return None if text is None else tuple(kind(each) for each in text.split(",") if each)
+    except ValueError:
+        raise MlcError(
+            f"--{option.name}: expected {kind.__name__}s with commas between, got {text!r}"
+        ) from None
+
+
+def names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Read ``an,role`` as a tuple of names."""
+    return None if text is None else tuple(each.strip() for each in text.split(",") if each.strip())
+
+
+CONFIG = options(
+    click.option("--config", "recipe", help="A recipe that ships with mlc, or a YAML file."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other field."),
+)
+DATA = options(
+    click.option("--data", help="coco, digits, or the path of a CSV of file,labels."),
+    click.option("--root", type=PATH, help="Folder of the images; default data/NAME."),
+    click.option(
+        "--keep-unlabelled", is_flag=True, default=None, help="COCO: keep images without labels."
+    ),
+)
+LABELS = options(
+    click.option("--features", type=PATH, help="The store; default the only one in features/."),
+    DATA,
+    click.option("--labels-file", type=PATH, help="A label table of mlc data prepare."),
+    click.option("--labels", help="full, single-positive or as-given."),
+    click.option("--classes", callback=names, help="Keep these classes, e.g. cat,dog."),
+)
+DEVICE = click.option("--device", help="auto, cpu, cuda, cuda:1, ...; default auto.")
+WEIGHTS = click.option("--weights", type=PATH, help="A weights file, .safetensors or .pth.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """Cache the features of frozen backbones, then train multi-label heads in seconds."""
+
+
+@cli.command()
+@click.option("--out", type=PATH, help="Folder of images, store and runs; default demo.")
+@click.option("--seeds", callback=partial(numbers, int), help="Seeds of each loss; default 0,1,2.")
+def demo(**flags: Any) -> None:
+    """Digits, a real pretrained backbone, six losses, one table: minutes on two CPU cores."""
+    from mlc.configs import load
+    from mlc.report.demo import DemoConfig, demo_features, demo_heads
+
+    config = load(DemoConfig, "demo", flags=flags)
+    print_extraction(demo_features(config))
+    print_report(demo_heads(config))
+    click.echo(f"Everything is in {config.out}; mlc report {config.out}/runs --all shows each lr.")
+
+
+@cli.group()
+def data() -> None:
+    """Look after annotations."""
+
+
+@data.command()
+@CONFIG
+@DATA
+@click.option("--labels", help="full, single-positive or as-given; default full.")
+@click.option("--split-seed", type=int, help="Default 1200, the MLSPL authors'.")
+@click.option("--corruption-seed", type=int, help="Default 1200, likewise.")
+@click.option("--out", type=PATH, help="Write the label table to this .npz file.")
+def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+    """Show counts, positives per image and class frequencies; write the label table."""
+    from mlc.configs import load
+    from mlc.datasets.prepare import PrepareConfig, prepare
+    from mlc.report.console import print_table
+    from mlc.report.labels import class_records, split_records
+
+    config = load(PrepareConfig, "data", recipe, overrides, flags)
+    images, table = prepare(config)
+    click.echo(
+        f"{table.dataset} in {images.root}: {len(images.file):,} images, {len(table):,} of them "
+        f"in the label table, {len(table.classes)} classes"
+    )
+    print_table(split_records(table))
+    click.echo()
+    print_table(class_records(table))
+    if config.out is not None:
+        click.echo(f"label table: {config.out}")
+
+
+@cli.command()
+@CONFIG
+@click.option("--backbone", help="A timm model, hf-hub:OWNER/NAME too; default resnet50.")
+@WEIGHTS
+@click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
+@click.option("--size", "size_px", type=int, help="Side of the square input; default the model's.")
+@DATA
+@click.option("--out", type=PATH, help="The store; default features/ and a name with its key.")
+@click.option("--format", help="zarr or hdf5; default zarr.")
+@click.option("--batch-size", type=int, help="Images in one forward pass.")
+@click.option("--workers", type=int, help="Threads that decode; default one for each core.")
+@click.option("--on-error", help="skip records a bad image, raise stops at it; default skip.")
+@DEVICE
+def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+    """Stage 1: run a frozen backbone over a data set, once, into a store."""
+    from mlc.configs import load
+    from mlc.extract.run import ExtractConfig, extract
+    from mlc.report.console import progress_bar
+
+    config = load(ExtractConfig, "extract", recipe, overrides, flags)
+    with progress_bar("extract", "images") as progress:
+        print_extraction(extract(config, progress))
+
+
+@cli.group()
+def store() -> None:
+    """Look after feature stores."""
+
+
+@store.command()
+@click.argument("path", type=PATH)
+def info(path: Path) -> None:
+    """Say what a store holds and how it was made."""
+    from mlc.report.store import describe_store
+
+    click.echo(describe_store(path))
+
+
+@cli.command("train-head")
+@CONFIG
+@LABELS
+@click.option("--loss", help="bce, bce_ls, an, an_ls, wan, epr or role; default bce.")
+@click.option("--head", help="linear; default linear.")
+@click.option("--lr", type=float, help="Of Adam; default 1e-3.")
+@click.option("--batch-size", type=int, help="Images a step; default 16.")
+@click.option("--epochs", type=int, help="The best of them is kept; default 25.")
+@click.option("--seed", type=int, help="Of the initial weights; default 0.")
+@DEVICE
+@click.option("--out", type=PATH, help="The run folder; default runs/ and a name of its settings.")
+def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+    """Stage 2: train a head on a store, select its epoch, test it."""
+    from mlc.configs import load
+    from mlc.heads.fit import fit, prepare
+    from mlc.heads.inputs import read_features, read_labels
+    from mlc.heads.train import TrainConfig, check_config
+    from mlc.report.console import progress_bar
+
+    config = load(TrainConfig, "train-head", recipe, overrides, flags)
+    check_config(config)
+    features = read_features(config.features)
+    prepared = prepare(config, features, read_labels(config, features.path))
+    with progress_bar("train", "epochs") as progress:
+        run = fit(config, features, prepared, progress)
+    print_run(run)
+
+
+@cli.command()
+@CONFIG
+@LABELS
+@click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
+@click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
+@click.option("--batch-size", callback=partial(numbers, int), help="e.g. 8,16; default 16.")
+@click.option("--seeds", callback=partial(numbers, int), help="e.g. 0,1,2; default 0.")
+@click.option("--vary", callback=names, help="What else a seed changes: order,corruption.")
+@click.option("--epochs", type=int, help="The best of them is kept; default 25.")
+@DEVICE
+@click.option("--out", type=PATH, help="Folder of the run folders; default runs.")
+def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+    """Train a grid of heads on a store, and compare them; finished heads are kept."""
+    from mlc.configs import load
+    from mlc.heads.sweep import SweepConfig, sweep
+    from mlc.report.console import progress_bar
+    from mlc.report.table import make_report
+
+    config = load(SweepConfig, "sweep", recipe, overrides, flags)
+    with progress_bar("train", "heads") as progress:
+        runs = sweep(config, progress)
+    with progress_bar("bootstrap", "heads") as progress:
+        report = make_report(runs, progress=progress)
+    varied = ", ".join(("initial weights", *config.vary))
+    click.echo(f"{len(runs)} heads in {config.out}; a seed varies: {varied}")
+    print_report(report)
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@DATA
+@click.option("--features", type=PATH, help="A store; default the one it was trained on.")
+@click.option("--labels-file", type=PATH, help="A label table; default the one of the training.")
+@click.option("--split", default="test", help="train, val or test; default test.")
+@WEIGHTS
+@DEVICE
+@click.option("--json", "json_file", type=PATH, help="Write all metrics to this file.")
+def evaluate(
+    run: Path,
+    split: str,
+    weights: Path | None,
+    device: str | None,
+    json_file: Path | None,
+    **flags: Any,
+) -> None:
+    """Evaluate a run on a store or, with --data, on images through its backbone."""
+    from mlc.heads.run_folder import read_run
+    from mlc.models.evaluate import evaluate_run
+    from mlc.report.console import progress_bar
+
+    with progress_bar("evaluate", "images") as progress:
+        metrics, bad = evaluate_run(
+            read_run(run), flags, split, weights=weights, device=device, progress=progress
+        )
+    print_bad(bad)
+    print_metrics(metrics)
+    if json_file is not None:
+        json_file.write_text(json.dumps(metrics, indent=1) + "\n")
+        click.echo(f"all metrics: {json_file}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, default="scores.csv", help="The CSV; default scores.csv.")
+@click.option("--classes", callback=names, help="Columns, e.g. cat,dog; default all.")
+@WEIGHTS
+@DEVICE
+def predict(
+    run: Path,
+    folder: Path,
+    out: Path,
+    classes: tuple[str, ...] | None,
+    weights: Path | None,
+    device: str | None,
+) -> None:
+    """Write the probability of each class for every image below a folder."""
+    from mlc.heads.run_folder import read_run
+    from mlc.models.whole import load_whole, predict
+    from mlc.report.console import progress_bar
+
+    model = load_whole(read_run(run), weights, device or "auto")
+    with progress_bar("predict", "images") as progress:
+        written, bad = predict(model, folder, out, classes, progress)
+    print_bad(bad)
+    click.echo(f"{written:,} images: {out}")
+
+
+@cli.command()
+@click.argument("runs", type=PATH, nargs=-1)
+@click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
+@click.option("--resamples", type=int, default=1000, help="Of the bootstrap; default 1000.")
+@click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")
+def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Path | None) -> None:
+    """Compare runs: mean and deviation over seeds, paired intervals over images."""
+    from mlc.report.console import progress_bar
+    from mlc.report.table import find_runs, make_report, write_table
+
+    found = find_runs(runs or (Path("runs"),))
+    with progress_bar("bootstrap", "heads") as progress:
+        table = make_report(
+            found, every_setting=every_setting, resamples=resamples, progress=progress
+        )
+    print_report(table)
+    if out is not None:
+        write_table(table, out)
+        click.echo(f"table: {out}")
+
+
+def print_extraction(report: Any) -> None:
+    """Print what an extraction did: backbone, bad images, shares of time, where the store is."""
+    from mlc.extract.run import STAGES
+    from mlc.report.console import shares
+
+    click.echo(f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}")
+    print_bad(report.bad)
+    if report.extracted:
+        rate = report.extracted / report.wall_seconds
+        click.echo(
+            f"{report.extracted:,} images in {report.wall_seconds:.1f} s, {rate:.1f} images/s: "
+            f"{shares(report.seconds, STAGES)}"
+        )
+    else:
+        click.echo(f"nothing to do, all {report.images:,} images were there")
+    click.echo(f"store: {report.path}")
+
+
+def print_bad(bad: dict[str, str]) -> None:
+    """List bad images on standard error."""
+    for file, reason in bad.items():
+        click.echo(f"bad image: {file}: {reason}", err=True)
+
+
+def print_run(run: Any) -> None:
+    """Print the figures of a run and where it is."""
+    results = run.results
+    click.echo(
+        f"{run.config.loss}, lr {run.config.lr:g}, batch {run.config.batch_size}: best epoch "
+        f"{results['best_epoch']} of {run.config.epochs}, val mAP {results['val']['mAP']:.2f}"
+    )
+    print_metrics(results["test"])
+    click.echo(f"run: {run.path}")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the figures of one split on two lines."""
+    first = ("mAP", "mAP_asl", "mAP_voc")
+    second = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+    click.echo(
+        f"{metrics['images']:,} images: "
+        + ", ".join(f"{name} {metrics[name]:.2f}" for name in first)
+    )
+    click.echo(
+        f"at threshold {metrics['threshold']:g}: "
+        + ", ".join(f"{name} {metrics[name]:.2f}" for name in second)
+    )
+    if metrics["classes_without_positives"]:
+        click.echo(
+            f"{metrics['classes_without_positives']} classes have no positive here: they count 0 "
+            "in mAP and are left out of mAP_asl and mAP_voc"
+        )
+
+
+def print_report(report: Any) -> None:
+    """Print a table of runs and its footnote."""
+    from mlc.report.console import print_table
+    from mlc.report.table import footnote, to_records
+
+    print_table(to_records(report))
+    click.echo(footnote(report))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line: exit code 1 and a sentence for a mistake, 130 for Ctrl-C."""
+    try:
+        cli.main(arguments, prog_name="mlc", standalone_mode=False)
+    except (MlcError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort) as error:
+        click.echo(f"\n{error or 'stopped'}", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""WholeModel: the backbone that made a run's features, and the run's head on top of it."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from mlc.configs.progress import Progress, silent
+from mlc.datasets.images import find_images
+from mlc.datasets.labels import class_columns
+from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
+from mlc.extract.run import batches_of, worker_count
+from mlc.extract.stream import stream_features
+from mlc.heads.run_folder import Run
+from mlc.heads.train import probabilities
+from mlc.store.key import require_same_key
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """Images -> logits.
+
+    Attributes:
+        run: what was trained.
+        backbone: as it was when the features were made.
+        head: of the run, on the backbone's device.
+    """
+
+    run: Run
+    backbone: Backbone
+    head: nn.Module
+
+    def logits(
+        self, files: Sequence[Path], progress: Progress = silent
+    ) -> tuple[NDArray[np.float32], dict[int, str]]:
+        """Score images.
+
+        Args:
+            files: N images.
+            progress: told after each batch.
+
+        Returns:
+            (N, L) float32, and the reason of each bad image by its index; its row is zeros.
+        """
+        logits = np.zeros((len(files), len(self.run.classes)), dtype=np.float32)
+        bad: dict[int, str] = {}
+        batches = batches_of(range(len(files)), self.backbone.default_batch)
+        for batch in stream_features(self.backbone, files, batches, worker_count(None)):
+            features = torch.from_numpy(batch.features).to(self.backbone.device)
+            with torch.inference_mode():
+                scores = self.head(features).cpu().numpy()
+            good = batch.error == ""
+            logits[np.asarray(batch.rows)[good]] = scores[good]
+            bad |= {
+                row: str(error) for row, error in zip(batch.rows, batch.error, strict=True) if error
+            }
+            progress(batch.rows.stop, len(files), f"{len(bad)} bad" if bad else "")
+        return logits, bad
+
+
+def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> WholeModel:
+    """Rebuild the model whose backbone made a run's features.
+
+    Args:
+        run: what was trained.
+        weights: where the backbone's weights file is now, if it moved.
+        device: where to run; the precision stays that of the features.
+
+    Raises:
+        MlcError: the backbone cannot be had, or is not the same any more.
+    """
+    made = run.results["features"]
+    settings = dict(made["backbone_config"]) | {
+        "device": device,
+        "precision": made["key"]["precision"],
+    }
+    if weights is not None:
+        settings["weights"] = weights
+    backbone = load_backbone(BackboneConfig(**settings), made["key"]["dtype"])
+    require_same_key(run.path, made["key"], backbone.key)
+    return WholeModel(run, backbone, run.head().to(backbone.device))
+
+
+def predict(
+    model: WholeModel,
+    folder: Path,
+    out: Path,
+    classes: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> tuple[int, dict[str, str]]:
+    """Write a CSV of probabilities: a line for each image below a folder, a column for each class.
+
+    Args:
+        model: backbone and head.
+        folder: searched with its subfolders.
+        out: the CSV, written aside and renamed.
+        classes: columns, by default all of the run's.
+        progress: told after each batch.
+
+    Returns:
+        How many lines were written, and the reason by file of each image that could not be read.
+
+    Raises:
+        MlcError: no images there, or an unknown class.
+    """
+    names = list(classes or model.run.classes)
+    columns = class_columns(model.run.classes, names)
+    files = find_images(folder)
+    logits, bad = model.logits(files, progress)
+    probs = probabilities(logits)[:, columns]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["file", *names])
+        for row, file in enumerate(files):
+            if row not in bad:
+                values = [f"{value:.6f}" for value in probs[row]]
+                writer.writerow([file.relative_to(folder).as_posix(), *values])
+    partial.replace(out)
+    reasons = {files[row].relative_to(folder).as_posix(): why for row, why in bad.items()}
+    return len(files) - len(bad), reasons

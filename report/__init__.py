@@ -1,0 +1,1 @@
+"""Run folders -> tables; and how progress and results look on a terminal."""
