@@ -366,7 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"error: {message}", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo(f"\n{error or 'stopped'}", err=True)
+        # click puts an Abort in the place of the interrupt, whose message says what is kept.
+        click.echo(f"\n{str(error.__cause__ or error) or 'stopped'}", err=True)
         sys.exit(130)
 
 

@@ -10,7 +10,13 @@ import timm
 import torch
 from numpy.typing import NDArray
 from timm.data import resolve_model_data_config
-from timm.models import get_pretrained_cfg, is_model, list_models, split_model_name_tag
+from timm.models import (
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    list_pretrained,
+    split_model_name_tag,
+)
 from torch import Tensor, nn
 
 from mlc.configs import Config
@@ -156,10 +162,8 @@ def resolve_name(name: str) -> str:
     architecture, tag = map(str, split_model_name_tag(name))
     if not is_model(architecture):
         raise MlcError(f"unknown backbone {architecture!r}; {nearest(architecture, list_models())}")
-    if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
-        tags = [
-            each.partition(".")[2] for each in list_models(f"{architecture}.*", pretrained=True)
-        ]
+    tags = [each.partition(".")[2] for each in list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
         raise MlcError(f"unknown tag {tag!r} of {architecture}; {nearest(tag, tags)}")
     if not tag:
         cfg = get_pretrained_cfg(architecture)

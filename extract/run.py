@@ -87,7 +87,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
             or an image is bad and ``on_error`` is "raise".
         KeyboardInterrupt: with a message that says what is kept.
     """
-    _check_numbers(config)
+    _check(config)
     images = read_images(config)
     images.check_files()
     backbone = load_backbone(config, config.dtype)
@@ -115,15 +115,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
 def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Path:
     """Return where the store of this request is: the same request, the same path."""
     if config.out is not None:
-        asked = config.format and choose(schema.FORMATS, config.format, "format").suffix
-        if asked and config.out.suffix != asked:
-            raise MlcError(
-                f"out: {config.out} does not end in {asked}, as --format {config.format} asks"
-            )
-        schema.format_of(config.out)
         return config.out
-    suffix = choose(schema.FORMATS, config.format or "zarr", "format").suffix
-    key = backbone.key
+    suffix, key = schema.FORMATS[config.format or "zarr"].suffix, backbone.key
     return (
         Path("features")
         / f"{images.labels.dataset}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
@@ -146,7 +139,16 @@ def worker_count(workers: int | None) -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _check_numbers(config: ExtractConfig) -> None:
+def _check(config: ExtractConfig) -> None:
+    """Refuse what can be seen to be wrong before images and weights are read."""
+    if config.out is not None:
+        schema.format_of(config.out)
+    if config.format is not None:
+        suffix = choose(schema.FORMATS, config.format, "format").suffix
+        if config.out is not None and config.out.suffix != suffix:
+            raise MlcError(
+                f"out: {config.out} does not end in {suffix}, as --format {config.format} asks"
+            )
     for name in ("batch_size", "shard_rows", "workers", "size_px"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -8,6 +8,7 @@ To add one: write its file beside ``bce.py``, add a line here; commands and test
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -42,7 +43,7 @@ class Method:
 
     def knobs(self) -> dict[str, Any]:
         """Return the knobs and their defaults; ``inspect.Parameter.empty`` where there is none."""
-        found = _keywords(self.cells) | (_keywords(self.batch_term) if self.batch_term else {})
+        found = {**_keywords(self.cells), **(_keywords(self.batch_term) if self.batch_term else {})}
         return {name: default for name, default in found.items() if name != ESTIMATOR}
 
 
@@ -89,7 +90,8 @@ def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
             raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
 
 
-def _keywords(function: Callable[..., Tensor]) -> dict[str, Any]:
+@cache  # asked at every step
+def _keywords(function: Callable[..., Tensor]) -> Mapping[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 

@@ -92,9 +92,10 @@ class Hdf5Backend:
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Write rows; text is encoded here because HDF5 counts bytes, not characters."""
-        if values.dtype.kind == "U":
-            values = np.char.encode(values, "utf-8")
-        self._file[name][start : start + len(values)] = values
+        dataset = self._file[name]
+        if values.dtype.kind == "U":  # the dataset's dtype tells HDF5 that the bytes are UTF-8
+            values = np.char.encode(values, "utf-8").astype(dataset.dtype)
+        dataset[start : start + len(values)] = values
 
     def flush(self) -> None:
         """Hand everything to the operating system."""

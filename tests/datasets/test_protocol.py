@@ -1,0 +1,245 @@
+"""Splits and single positives: the authors' numbers, and what holds of any table."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import LabelTable, full_labels
+from mlc.datasets.protocol import apply_protocol, assign_splits, observe, validation_rows
+
+GOLDEN = golden.load("mlspl/labels.json")
+TRUE = np.array(GOLDEN["labels"], dtype=bool)
+SHARED = Path(os.environ.get("MLC_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+COCO_LABELS = SHARED / "coco-labels" / "train2014.npz"
+
+
+def table_of(true: np.ndarray, split: list[str], dataset: str = "coco") -> LabelTable:
+    names = np.arange(len(true)).astype(str)
+    classes = tuple(f"class {column}" for column in range(true.shape[1]))
+    return LabelTable(names, names, classes, full_labels(true), true, np.array(split), dataset)
+
+
+def random_table(split: list[str], seed: int = 0) -> LabelTable:
+    return table_of(np.random.default_rng(seed).random((len(split), 6)) < 0.5, split)
+
+
+def count(table: LabelTable) -> dict[str, int]:
+    names, counts = np.unique(table.split, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("name", GOLDEN["observed"])
+def test_observed_labels_are_the_authors_bit_for_bit(name: str) -> None:
+    positives, negatives, seed = (
+        int(part.lstrip("abcdefghijklmnopqrstuvwxyz")) for part in name.split("_")
+    )
+    observed = observe(TRUE, positives=positives, negatives=negatives, seed=seed)
+    np.testing.assert_array_equal(observed, GOLDEN["observed"][name])
+    assert observed.dtype == np.int8
+
+
+def test_the_three_parameter_sets_are_there() -> None:
+    assert set(GOLDEN["observed"]) == {
+        "pos1_neg0_seed1200",
+        "pos1_neg1_seed1200",
+        "pos2_neg3_seed7",
+    }
+
+
+def test_validation_rows_are_the_authors_bit_for_bit() -> None:
+    split = GOLDEN["split"]
+    rows = validation_rows(len(TRUE), split["seed"], split["val_fraction"])
+    np.testing.assert_array_equal(rows, split["val"])
+    np.testing.assert_array_equal(np.setdiff1d(np.arange(len(TRUE)), rows), split["train"])
+
+
+def test_the_defaults_are_the_authors() -> None:
+    np.testing.assert_array_equal(observe(TRUE), GOLDEN["observed"]["pos1_neg0_seed1200"])
+    np.testing.assert_array_equal(validation_rows(len(TRUE)), GOLDEN["split"]["val"])
+
+
+def test_a_table_in_the_papers_form_gets_the_authors_split_and_positives() -> None:
+    official = table_of(np.concatenate([TRUE, TRUE]), ["train"] * len(TRUE) + ["test"] * len(TRUE))
+    table = apply_protocol(official, "single-positive")
+    wanted = GOLDEN["observed"]["pos1_neg0_seed1200"]
+    np.testing.assert_array_equal(table.observed[: len(TRUE)], wanted)
+    np.testing.assert_array_equal(table.observed[len(TRUE) :], wanted)  # a generator of its own
+    np.testing.assert_array_equal(np.flatnonzero(table.split == "val"), GOLDEN["split"]["val"])
+    np.testing.assert_array_equal(np.flatnonzero(table.split == "train"), GOLDEN["split"]["train"])
+
+
+matrices = arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 9)))
+
+
+@given(matrices, st.integers(0, 2**32 - 1))
+def test_single_positives_are_one_true_positive_of_each_image(true: np.ndarray, seed: int) -> None:
+    observed = observe(true, seed=seed)
+    np.testing.assert_array_equal((observed == 1).sum(axis=1), true.any(axis=1))
+    assert not ((observed == 1) & ~true).any()
+    assert not (observed == -1).any()
+
+
+@given(matrices, st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**32 - 1))
+def test_what_is_observed_is_true_and_as_much_as_asked(
+    true: np.ndarray, positives: int, negatives: int, seed: int
+) -> None:
+    observed = observe(true, positives=positives, negatives=negatives, seed=seed)
+    assert set(np.unique(observed)) <= {-1, 0, 1}
+    np.testing.assert_array_equal(
+        (observed == 1).sum(axis=1), np.minimum(true.sum(axis=1), positives)
+    )
+    np.testing.assert_array_equal(
+        (observed == -1).sum(axis=1), np.minimum((~true).sum(axis=1), negatives)
+    )
+    assert not ((observed == 1) & ~true).any()
+    assert not ((observed == -1) & true).any()
+
+
+@given(matrices, st.integers(0, 2**32 - 1))
+def test_asking_for_a_negative_does_not_change_the_positive(true: np.ndarray, seed: int) -> None:
+    alone, with_negative = observe(true, seed=seed), observe(true, negatives=1, seed=seed)
+    np.testing.assert_array_equal(alone == 1, with_negative == 1)
+
+
+def test_every_positive_of_an_image_is_chosen_equally_often() -> None:
+    true = np.tile([True, False, True, True], (6000, 1))
+    share = (observe(true) == 1).mean(axis=0)
+    np.testing.assert_allclose(share, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.02)  # 3 deviations
+
+
+def test_labels_are_hidden_before_the_split() -> None:
+    table = random_table(["train"] * 40 + ["test"] * 20)
+    first = apply_protocol(table, "single-positive", split_seed=1)
+    second = apply_protocol(table, "single-positive", split_seed=2)
+    assert (first.split != second.split).any()
+    np.testing.assert_array_equal(first.observed, second.observed)
+
+
+def test_test_rows_do_not_change_what_training_rows_show() -> None:
+    table = random_table(["test"] * 15 + ["train"] * 40)
+    alone = apply_protocol(table, "single-positive").observed[15:]
+    np.testing.assert_array_equal(alone, observe(table.true[15:]))
+
+
+def test_validation_rows_that_are_given_are_hidden_with_the_training_rows() -> None:
+    table = random_table(["train"] * 20 + ["val"] * 20 + ["test"] * 20)
+    observed = apply_protocol(table, "single-positive").observed
+    np.testing.assert_array_equal(observed[:40], observe(table.true[:40]))
+    np.testing.assert_array_equal(observed[40:], observe(table.true[40:]))
+
+
+def test_seeds_change_what_they_are_for_and_nothing_else() -> None:
+    table = random_table(["train"] * 40 + ["test"] * 20)
+    base = apply_protocol(table, "single-positive")
+    other = apply_protocol(table, "single-positive", corruption_seed=7)
+    assert (other.observed != base.observed).any()
+    np.testing.assert_array_equal(other.split, base.split)
+    np.testing.assert_array_equal(other.true, base.true)
+
+
+def test_full_labels_show_the_truth_and_as_given_shows_what_was_given() -> None:
+    table = random_table(["train"] * 40 + ["test"] * 20)
+    given_labels = observe(table.true, positives=2, negatives=2)
+    table = replace(table, observed=given_labels)
+    full = apply_protocol(table, "full").observed
+    np.testing.assert_array_equal(full, np.where(table.true, 1, -1))
+    np.testing.assert_array_equal(apply_protocol(table, "as-given").observed, given_labels)
+
+
+def test_without_validation_rows_a_fifth_of_the_training_rows_is_carved_out() -> None:
+    table = random_table(["train"] * 50 + ["test"] * 20)
+    split = assign_splits(table, 1200)
+    assert count(split) == {"train": 40, "val": 10, "test": 20}
+    assert (split.split[50:] == "test").all()
+    np.testing.assert_array_equal(np.flatnonzero(split.split == "val"), validation_rows(50))
+
+
+def test_rows_of_other_splits_between_them_do_not_shift_the_carving() -> None:
+    order = np.random.default_rng(1).permutation(["train"] * 50 + ["test"] * 20)
+    split = assign_splits(random_table(order.tolist()), 1200).split
+    np.testing.assert_array_equal(
+        np.flatnonzero(split[order == "train"] == "val"), validation_rows(50)
+    )
+
+
+def test_without_any_split_rows_are_cut_70_10_20() -> None:
+    table = random_table([""] * 200)
+    first, again, other = (assign_splits(table, seed) for seed in (1, 1, 2))
+    assert count(first) == {"train": 140, "val": 20, "test": 40}
+    np.testing.assert_array_equal(first.split, again.split)
+    assert (first.split != other.split).any()
+
+
+def test_rows_without_a_split_are_cut_and_the_others_left_alone() -> None:
+    table = random_table(["test"] * 10 + [""] * 100 + ["train"] * 10)
+    split = assign_splits(table, 3).split
+    assert (split[:10] == "test").all()
+    assert (split[-10:] == "train").all()
+    names, counts = np.unique(split[10:110], return_counts=True)
+    assert dict(zip(names, counts, strict=True)) == {"train": 70, "val": 10, "test": 20}
+
+
+def test_a_table_with_all_three_splits_is_left_alone() -> None:
+    table = random_table(["test", "val", "train", "train", "val"])
+    np.testing.assert_array_equal(assign_splits(table, 5).split, table.split)
+
+
+def test_the_table_that_came_in_is_not_changed() -> None:
+    table = random_table([""] * 30)
+    before = table.observed.copy()
+    apply_protocol(table, "single-positive")
+    assert (table.split == "").all()
+    np.testing.assert_array_equal(table.observed, before)
+
+
+@pytest.mark.parametrize("labels", ["full", "single-positive"])
+def test_labels_that_need_the_truth_are_refused_without_it(labels) -> None:
+    table = replace(random_table([""] * 30), true=None)
+    with pytest.raises(MlcError, match=rf"labels: '{labels}' needs the true .* --labels as-given"):
+        apply_protocol(table, labels)
+    assert count(apply_protocol(table, "as-given")) == {"train": 21, "val": 3, "test": 6}
+
+
+@pytest.mark.parametrize(
+    ("split", "missing"),
+    [
+        (["train"] * 10, "test"),
+        (["train", "train", "test"], "val"),  # a fifth of two rounds to none
+        (["val", "test"], "train"),
+        ([""], "val"),
+    ],
+)
+def test_an_empty_split_is_refused(split: list[str], missing: str) -> None:
+    wanted = rf"no image is in split '{missing}', of {len(split)} images; add some"
+    with pytest.raises(MlcError, match=wanted):
+        assign_splits(random_table(split), 1200)
+
+
+@pytest.fixture(scope="module")
+def coco() -> LabelTable:
+    """Stand-in test rows follow the 82,081 real ones."""
+    if not COCO_LABELS.is_file():
+        pytest.skip(f"{COCO_LABELS} is not there; set MLC_SHARED to the folder of coco-labels")
+    with np.load(COCO_LABELS) as stored:
+        true = np.unpackbits(stored["labels"], axis=1)[:, :80].astype(bool)
+    table = table_of(np.concatenate([true, true[:9]]), ["train"] * len(true) + ["test"] * 9)
+    return apply_protocol(table, "single-positive")
+
+
+def test_coco_splits_have_the_papers_sizes(coco: LabelTable) -> None:
+    assert count(coco) == {"train": 65_665, "val": 16_416, "test": 9}
+
+
+def test_every_coco_image_shows_one_of_its_positives(coco: LabelTable) -> None:
+    assert ((coco.observed == 1).sum(axis=1) == 1).all()
+    assert (coco.true[coco.observed == 1]).all()
+    assert not (coco.observed == -1).any()
+    assert coco.true[coco.split == "train"].sum(axis=1).mean() == pytest.approx(2.94, abs=0.02)

@@ -1,0 +1,196 @@
+"""Inputs: labels meet features by image id, and nothing is guessed where two sources disagree."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import LabelTable, full_labels, save_labels
+from mlc.heads.inputs import Features, LabelsConfig, join, read_features, read_labels
+from mlc.store.key import FeatureKey
+from mlc.store.reader import labels_path
+from mlc.store.schema import SUFFIXES
+from mlc.store.writer import Layout, StoreWriter
+
+CPU = torch.device("cpu")
+IDS = [str(each) for each in range(12)]
+SPLIT = ["train"] * 6 + ["val"] * 3 + ["test"] * 3
+
+
+def feature_of(image_id: str) -> list[float]:
+    """Return what makes an image recognisable by its features."""
+    return [float(image_id), float(image_id) ** 2]
+
+
+@pytest.fixture
+def table() -> LabelTable:
+    true = np.random.default_rng(0).random((12, 3)) < 0.5
+    ids = np.array(IDS)
+    classes = ("cat", "dog", "owl")
+    return LabelTable(ids, ids, classes, full_labels(true), true, np.array(SPLIT), "coco", 1.5)
+
+
+def features_of(image_ids: list[str]) -> Features:
+    values = np.array([feature_of(each) for each in image_ids], dtype=np.float32)
+    return Features(Path("a.zarr"), np.array(image_ids), values, {}, {})
+
+
+def assert_joined(split, table: LabelTable) -> None:
+    """Each row has the features and the labels of its own image."""
+    wanted = [feature_of(each) for each in split.image_id]
+    np.testing.assert_array_equal(split.features.numpy(), wanted)
+    rows = [IDS.index(each) for each in split.image_id]
+    np.testing.assert_array_equal(split.true, table.targets()[rows])
+    np.testing.assert_array_equal(split.observed.numpy(), table.observed[rows])
+
+
+def test_rows_meet_by_image_id_whatever_the_order_of_the_store(table: LabelTable) -> None:
+    shuffled = np.random.default_rng(1).permutation(IDS).tolist()
+    assert shuffled != IDS
+    splits = join(features_of(shuffled), table, CPU)
+    for name, image_ids in (("train", IDS[:6]), ("val", IDS[6:9]), ("test", IDS[9:])):
+        assert splits[name].image_id.tolist() == image_ids
+        assert_joined(splits[name], table)
+
+
+def test_images_that_lack_labels_or_features_are_left_out(table: LabelTable) -> None:
+    stored = ["99", "8", "0", "4", "11", "10", "7", "98"]
+    splits = join(features_of(stored), table, CPU)
+    assert {name: split.image_id.tolist() for name, split in splits.items()} == {
+        "train": ["0", "4"],
+        "val": ["7", "8"],
+        "test": ["10", "11"],
+    }
+    for split in splits.values():
+        assert_joined(split, table)
+
+
+def test_tensors_have_the_types_that_training_wants(table: LabelTable) -> None:
+    train = join(features_of(IDS), table, CPU)["train"]
+    assert (train.features.dtype, train.observed.dtype) == (torch.float32, torch.int8)
+    assert train.true.dtype == np.bool_
+
+
+def test_unknown_truth_is_the_observed_positives(table: LabelTable) -> None:
+    splits = join(features_of(IDS), replace(table, true=None), CPU)
+    np.testing.assert_array_equal(splits["val"].true, table.observed[6:9] == 1)
+
+
+def test_a_split_without_any_features_is_refused(table: LabelTable) -> None:
+    without_val = features_of(IDS[:6] + IDS[9:])
+    with pytest.raises(MlcError, match=r"a.zarr: .* none of the 3 images of split 'val'; .*--feat"):
+        join(without_val, table, CPU)
+    assert set(join(without_val, table, CPU, ("test",))) == {"test"}
+
+
+KEY = FeatureKey(
+    backbone="stub",
+    weights="0",
+    layers=("final",),
+    size_px=32,
+    resize="squash",
+    interpolation="bilinear",
+    decode="pillow",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    precision="float32",
+    views=("original",),
+    dtype="float32",
+)
+
+
+def write_store(path: Path, image_ids: list[str], bad: set[str]) -> Path:
+    ids = np.array(image_ids)
+    writer = StoreWriter.create_or_resume(path, Layout(KEY, ids, ids, {"final": 2}, 4, 5, {}))
+    error = np.array(["not an image" if each in bad else "" for each in image_ids])
+    values = np.array([[feature_of(each)] for each in image_ids], dtype=np.float32)
+    for shard in writer.shards():
+        rows = slice(shard.start, shard.stop)
+        writer.write_shard(shard, {"final": values[rows]}, ids[rows], error[rows])
+    writer.finish()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_bad_images_of_a_store_are_left_out(
+    tmp_path: Path, table: LabelTable, suffix: str
+) -> None:
+    image_ids = IDS[::-1]
+    path = write_store(tmp_path / f"a{suffix}", image_ids, bad={"3", "10"})
+    features = read_features(path)
+    assert features.image_id.tolist() == [each for each in image_ids if each not in {"3", "10"}]
+    splits = join(features, table, CPU)
+    assert splits["train"].image_id.tolist() == ["0", "1", "2", "4", "5"]
+    assert splits["test"].image_id.tolist() == ["9", "11"]
+    for split in splits.values():
+        assert_joined(split, table)
+
+
+@pytest.fixture
+def store(tmp_path: Path, table: LabelTable) -> Path:
+    """Return the path of a store with only its labels beside it."""
+    path = tmp_path / "a.zarr"
+    save_labels(table, labels_path(path))
+    return path
+
+
+def csv_of(folder: Path) -> Path:
+    path = folder / "photos.csv"
+    path.write_text("file,labels\n0,ant\n1,bee\n")
+    return path
+
+
+def test_labels_are_those_beside_the_store(store: Path, table: LabelTable) -> None:
+    labels = read_labels(LabelsConfig(), store)
+    assert labels.image_id.tolist() == table.image_id.tolist()
+    assert (labels.classes, labels.expected_positives) == (table.classes, 1.5)
+
+
+def test_a_labels_file_overrides_them(store: Path, table: LabelTable, tmp_path: Path) -> None:
+    other = tmp_path / "other.npz"
+    save_labels(replace(table, dataset="csv-other"), other)
+    assert read_labels(LabelsConfig(labels_file=other), store).dataset == "csv-other"
+
+
+def test_a_data_set_overrides_them(store: Path, tmp_path: Path) -> None:
+    labels = read_labels(LabelsConfig(data=str(csv_of(tmp_path))), store)
+    assert labels.classes == ("ant", "bee")
+
+
+def test_two_sources_are_refused(store: Path, tmp_path: Path) -> None:
+    both = LabelsConfig(data=str(csv_of(tmp_path)), labels_file=labels_path(store))
+    with pytest.raises(MlcError, match=r"got both --data and --labels-file; pass one"):
+        read_labels(both, store)
+
+
+def test_a_root_alone_is_refused(store: Path) -> None:
+    with pytest.raises(MlcError, match=r"--root without --data"):
+        read_labels(LabelsConfig(root=Path("here")), store)
+
+
+@pytest.mark.parametrize("given", [{"keep_unlabelled": True}, {"unlisted": "unknown"}])
+def test_a_switch_of_a_data_set_is_not_silently_ignored_without_one(
+    store: Path, given: dict
+) -> None:
+    with pytest.raises(MlcError, match=rf"{next(iter(given))}.* without --data"):
+        read_labels(LabelsConfig(**given), store)
+
+
+def test_a_store_without_labels_beside_it_says_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(MlcError, match=r"b.labels.npz: no label table there; mlc data prepare"):
+        read_labels(LabelsConfig(), tmp_path / "b.zarr")
+
+
+def test_classes_are_a_subset_in_the_order_asked_for(store: Path, table: LabelTable) -> None:
+    labels = read_labels(LabelsConfig(classes=("owl", "cat")), store)
+    assert labels.classes == ("owl", "cat")
+    np.testing.assert_array_equal(labels.true, table.true[:, [2, 0]])
+
+
+def test_an_unknown_class_is_refused(store: Path) -> None:
+    with pytest.raises(MlcError, match=r"unknown class 'dgo'; did you mean 'dog'\?"):
+        read_labels(LabelsConfig(classes=("dgo",)), store)

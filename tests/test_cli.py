@@ -1,0 +1,302 @@
+"""The whole chain through the command line, and one clear sentence for each mistake."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import click
+import layouts
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlc.cli import cli, main
+
+BACKBONE = ("--backbone", "test_resnet", "--random-weights", "--size", "64")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with COCO's layout below data/coco, a store of each format, and one run."""
+    folder = tmp_path_factory.mktemp("work")
+    layouts.coco_layout(folder / "data" / "coco")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main_ok("extract", *BACKBONE)
+        main_ok("extract", *BACKBONE, "--format", "hdf5", "--out", "other/store.h5")
+        main_ok("train-head", "--lr", "1e-2", "--out", "runs/bce")
+    return folder
+
+
+@pytest.fixture
+def here(work: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("MLC_DATA", raising=False)
+    return work
+
+
+def main_ok(*arguments: object) -> None:
+    main([str(each) for each in arguments])
+
+
+def mistake(capsys, *arguments: object) -> str:
+    """Return the sentence of a command that must end with exit code 1 and nothing else."""
+    with pytest.raises(SystemExit) as exit_:
+        main_ok(*arguments)
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+def test_as_typed_the_commands_find_the_data_and_the_only_store(here, capsys) -> None:
+    main_ok("train-head", "--loss", "role", "--epochs", "2", "--out", "runs/role")
+    out = capsys.readouterr().out
+    assert re.search(r"best epoch \d of 2, val mAP \d", out)
+    assert (here / "runs/role/head.safetensors").is_file()
+
+
+def test_a_run_folder_holds_what_the_design_promises(here) -> None:
+    run = here / "runs/bce"
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "head.safetensors",
+        "metrics.jsonl",
+        "scores.npz",
+        "results.json",
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((run / "results.json").read_text())
+    assert [line["epoch"] for line in lines] == list(range(1, 26))
+    best = max(lines, key=lambda line: line["val_mAP"])
+    assert results["best_epoch"] == best["epoch"]
+    assert results["val"]["mAP"] == pytest.approx(best["val_mAP"], abs=1e-9)
+    scores = np.load(run / "scores.npz")
+    assert set(scores) == {"image_id", "logits", "true", "observed"}
+    assert scores["logits"].dtype == np.float32
+    assert len(scores["image_id"]) == results["test"]["images"] == 59  # one has no annotation
+
+
+def test_features_of_digits_beat_the_class_prior(here) -> None:
+    results = json.loads((here / "runs/bce/results.json").read_text())
+    prior = 100 * np.load(here / "runs/bce/scores.npz")["true"].mean()
+    assert results["test"]["mAP"] > prior + 5
+
+
+def test_the_config_of_a_run_repeats_it_exactly(here) -> None:
+    main_ok("train-head", "--config", "runs/bce/config.yaml", "--out", "runs/again")
+    first, second = (np.load(here / f"runs/{name}/scores.npz") for name in ("bce", "again"))
+    np.testing.assert_array_equal(first["logits"], second["logits"])
+
+
+def test_both_formats_give_the_same_numbers(here) -> None:
+    main_ok("train-head", "--features", "other/store.h5", "--lr", "1e-2", "--out", "other-runs/bce")
+    first, second = (
+        np.load(here / f"{name}/scores.npz")["logits"] for name in ("runs/bce", "other-runs/bce")
+    )
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
+
+
+def test_evaluate_on_the_store_and_on_images_agree_with_the_run(here, capsys) -> None:
+    results = json.loads((here / "runs/bce/results.json").read_text())
+    main_ok("evaluate", "runs/bce", "--json", "store.json")
+    main_ok("evaluate", "runs/bce", "--data", "coco", "--split", "test", "--json", "images.json")
+    stored = json.loads(Path("store.json").read_text())
+    live = json.loads(Path("images.json").read_text())
+    assert stored == results["test"]
+    assert live["mAP"] == pytest.approx(stored["mAP"], abs=0.01)
+    assert live["images"] == stored["images"]
+
+
+def test_evaluate_takes_any_store_of_the_backbone(here) -> None:
+    main_ok("evaluate", "runs/bce", "--features", "other/store.h5", "--json", "other.json")
+    results = json.loads((here / "runs/bce/results.json").read_text())
+    assert json.loads(Path("other.json").read_text())["mAP"] == results["test"]["mAP"]
+
+
+def test_predict_writes_a_line_for_each_good_image(here, capsys) -> None:
+    folder = here / "photos" / "holiday"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (50, 30), "red").save(folder / name)
+    (folder / "c.jpg").write_bytes(b"no image")
+    main_ok("predict", "runs/bce", "photos", "--classes", "digit 3,digit 0", "--out", "s.csv")
+    with Path("s.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["file"] for row in rows] == ["holiday/a.png", "holiday/b.jpg"]
+    assert list(rows[0]) == ["file", "digit 3", "digit 0"]
+    assert all(0 <= float(row["digit 3"]) <= 1 for row in rows)
+    assert "holiday/c.jpg: not an image" in capsys.readouterr().err
+
+
+def test_sweep_keeps_finished_heads_and_report_compares_them(here, capsys) -> None:
+    grid = ("sweep", "--losses", "bce,an", "--lr", "1e-2,1e-3", "--seeds", "0,1", "--epochs", "3")
+    main_ok(*grid, "--vary", "order", "--out", "grid")
+    first = capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in Path("grid").glob("*/results.json")}
+    assert len(made) == 8
+    main_ok(*grid, "--vary", "order", "--out", "grid")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    main_ok("report", "grid", "--out", "table.md")
+    second = capsys.readouterr().out
+    assert re.search(r"^bce +\S+ +16 +2 +\d", first, re.MULTILINE)
+    assert re.search(r"^class prior +\d", second, re.MULTILINE)
+    assert Path("table.md").read_text().startswith("| loss | lr |")
+    main_ok("report", "grid", "--all")
+    assert len(re.findall(r"^(?:bce|an) ", capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_data_prepare_shows_counts_and_writes_a_table_that_trains(here, capsys) -> None:
+    main_ok("data", "prepare", "--labels", "single-positive", "--out", "labels.npz")
+    out = capsys.readouterr().out
+    assert "180 images, 178 of them in the label table, 10 classes" in out
+    assert re.search(r"^train +95 ", out, re.MULTILINE)
+    main_ok(
+        "train-head", "--labels-file", "labels.npz", "--labels", "as-given", "--epochs", "1",
+        "--out", "runs/given",
+    )  # fmt: skip
+    observed = np.load("runs/given/scores.npz")["observed"]
+    assert ((observed == 1).sum(axis=1) == 1).all()
+
+
+def test_keep_unlabelled_keeps_the_images_of_query2label(here, capsys) -> None:
+    main_ok("data", "prepare", "--keep-unlabelled")
+    assert "180 images, 180 of them in the label table" in capsys.readouterr().out
+
+
+def test_store_info_describes_it(here, capsys) -> None:
+    main_ok("store", "info", "other/store.h5")
+    out = capsys.readouterr().out
+    assert "complete, 180 good, 0 bad, 0 pending" in out
+    assert "weights_licence: none" in out
+
+
+def test_a_csv_of_photos_goes_all_the_way(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["file,labels"]
+    for index in range(40):
+        colour = ("red", "blue")[index % 2]
+        Image.new("RGB", (40, 40), colour).save(f"{index}.png")
+        lines.append(f"{index}.png,{colour};photo")
+    Path("photos.csv").write_text("\n".join(lines))
+    main_ok("extract", "--data", "photos.csv", *BACKBONE)
+    main_ok("train-head", "--lr", "1e-2", "--out", "run")
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["test"]["mAP"] == 100
+    assert results["train_images"] == 28
+
+
+def test_a_mistake_in_the_data(here, tmp_path, capsys) -> None:
+    text = mistake(capsys, "data", "prepare", "--root", tmp_path)
+    assert "no train2014" in text
+    assert "https://cocodataset.org" in text
+    root = layouts.coco_layout(tmp_path / "coco", 4, 3)
+    path = root / "annotations" / "instances_val2014.json"
+    good = path.read_text()
+    path.write_text("[1, 2]")
+    assert "not COCO annotations" in mistake(capsys, "data", "prepare", "--root", root)
+    content = json.loads(good)
+    content["images"].append(content["images"][0])
+    path.write_text(json.dumps(content))
+    assert "is there twice" in mistake(capsys, "data", "prepare", "--root", root)
+    path.write_text(good)
+    for image in root.glob("*2014/*.jpg"):
+        image.unlink()
+    text = mistake(capsys, "extract", *BACKBONE, "--root", root)
+    assert "not one of the 7 listed images is there" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("extract", "--backbone", "resnet5O"), r"unknown backbone 'resnet5O'; did you mean"),
+        (("extract", "--backbone", "resnet50.tv_in2k"), r"unknown tag 'tv_in2k' of resnet50"),
+        (("extract", "--data", "coc"), r"unknown data set 'coc'; did you mean 'coco'"),
+        (("extract", "--format", "hdf"), r"unknown format 'hdf'; did you mean 'hdf5'"),
+        (("extract", *BACKBONE, "--weights", "none.pth"), r"pass one"),
+        (("train-head", "--loss", "rol"), r"unknown loss 'rol'; did you mean 'role'"),
+        (("train-head", "--head", "liner"), r"unknown head 'liner'; did you mean 'linear'"),
+        (("train-head", "--classes", "digit 1,digt 2"), r"unknown class 'digt 2'; did you mean"),
+        (("train-head", "--labels", "fulll"), r"labels: should be 'full', 'single-positive'"),
+        (("train-head", "--set", "lrr=1"), r"lrr: unknown key, did you mean 'lr'"),
+        (("train-head", "--config", "nothing"), r"no recipe and no file 'nothing'"),
+        (("train-head", "--features", "features"), r"a store's name ends in .h5 or .zarr"),
+        (("train-head", "--features", "no.zarr"), r"no such store"),
+        (("train-head", "--lr", "-1"), r"lr: should be a positive number, got -1"),
+        (("train-head", "--device", "cuda:99"), r"device: 'cuda:99' is not to be had here"),
+        (("sweep", "--losses", "an,rolle"), r"unknown loss 'rolle'; did you mean 'role'"),
+        (("sweep", "--lr", "1e-2,fast"), r"--lr: expected floats with commas between"),
+        (("evaluate", "runs"), r"runs: not a run folder"),
+        (("evaluate", "runs/bce", "--split", "tset"), r"unknown split 'tset'; did you mean 'test'"),
+        (("predict", "runs/bce", "nowhere"), r"nowhere: no such folder"),
+        (("predict", "runs/bce", "runs/bce"), r"no images there"),
+        (("predict", "runs/bce", "data", "--classes", "digit"), r"unknown class 'digit'"),
+        (("report", "features"), r"no run folders there"),
+        (("report", "runs", "--out", "t.xls"), r"unknown kind of table"),
+        (("store", "info", "x.zarr"), r"no such store"),
+        (("nonsense",), r"No such command 'nonsense'"),
+        (("extract", "--nonsense"), r"No such option"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
+)
+def test_a_mistake_is_one_sentence(here, capsys, arguments, sentence) -> None:
+    assert re.search(sentence, mistake(capsys, *arguments))
+
+
+def test_weights_that_do_not_fit_are_reported(here, capsys, tmp_path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"conv1.weight": torch.zeros(3)}, path)
+    text = mistake(capsys, "extract", "--backbone", "test_resnet", "--weights", path)
+    assert "do not fit" in text
+    assert "missing" in text
+
+
+def test_a_store_made_with_other_settings_names_the_field(here, capsys) -> None:
+    asked = ("--backbone", "test_resnet", "--random-weights", "--size", "32")
+    text = mistake(capsys, "extract", *asked, "--out", "other/store.h5")
+    assert "size_px: stored 64, asked 32" in text
+
+
+def test_several_stores_are_listed_not_guessed(here, capsys) -> None:
+    main_ok("extract", *BACKBONE, "--format", "hdf5")
+    try:
+        text = mistake(capsys, "train-head")
+    finally:
+        next(Path("features").glob("*.h5")).unlink()
+    assert "several stores are there" in text
+    assert ".zarr" in text
+    assert ".h5" in text
+
+
+def test_an_unfinished_store_says_how_to_go_on(here, capsys, monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlc.extract.run.StoreWriter.write_shard", stop)
+    with pytest.raises(SystemExit) as exit_:
+        main_ok("extract", *BACKBONE, "--out", "half.zarr")
+    assert exit_.value.code == 130
+    assert "0 of 180 images are kept; the same command goes on" in capsys.readouterr().err
+    text = mistake(capsys, "train-head", "--features", "half.zarr")
+    assert "unfinished, 0 of 180 images" in text
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in group.commands.items():
+        here = (*path, name)
+        found += commands(command, here) if isinstance(command, click.Group) else [here]
+    return found
+
+
+@pytest.mark.parametrize("path", commands(cli), ids=" ".join)
+def test_every_command_and_option_has_help(path) -> None:
+    command: click.Command = cli
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    assert command.help
+    for option in command.params:
+        assert isinstance(option, click.Argument) or option.help, option.name
