@@ -140,7 +140,8 @@ def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 
     config = load(ExtractConfig, "extract", recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
-        print_extraction(extract(config, progress))
+        done = extract(config, progress)
+    print_extraction(done)
 
 
 @cli.group()

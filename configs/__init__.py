@@ -30,9 +30,16 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``1e-3`` is a number, as everybody who writes a learning rate means it."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads: text like ``1e-3`` goes into quotes."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def load(
@@ -59,7 +66,7 @@ def load(
         key, equals, text = override.partition("=")
         if not equals:
             raise MlcError(f"--set: expected key=value, got {override!r}")
-        _assign(values, key.strip(), yaml.load(text, _Loader))
+        _assign(values, key.strip(), _read_yaml("--set", text))
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     try:
         # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
@@ -71,7 +78,7 @@ def load(
 
 def dump(config: Config) -> str:
     """Return a resolved config as YAML that ``load`` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def recipes(command: str) -> dict[str, Path]:
@@ -87,12 +94,19 @@ def _read_recipe(command: str, name: str) -> dict[str, Any]:
         hint = nearest(name, known) if known else "give the path of a YAML file"
         raise MlcError(f"--config: no recipe and no file {name!r}; {hint}")
     try:
-        values = yaml.load(path.read_text(), _Loader)
-    except yaml.YAMLError as error:
-        raise MlcError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        values = _read_yaml(str(path), path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise MlcError(f"{path}: not text in UTF-8 ({error})") from None
     if not isinstance(values, dict):
         raise MlcError(f"{path}: expected key: value lines, got {type(values).__name__}")
     return values
+
+
+def _read_yaml(where: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise MlcError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

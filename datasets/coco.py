@@ -106,7 +106,7 @@ def _parse(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
         ):
             for entry in entries:
                 for key in keys:
-                    entry[key]
+                    hash(entry[key])
     except ValueError as error:
         raise MlcError(f"{path}: not JSON ({error}); unpack COCO's annotations again") from None
     except (KeyError, TypeError, IndexError) as error:

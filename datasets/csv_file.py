@@ -11,6 +11,7 @@ from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import SPLITS, LabelTable
 
 SEPARATOR = ";"
+LINE = "line of the file"  # a key that no column has
 Unlisted = Literal["absent", "unknown"]
 
 
@@ -30,15 +31,15 @@ def read_csv(path: Path, root: Path, unlisted: Unlisted = "absent") -> ImageSet:
         MlcError: no such file, a column is missing, a file is named twice, or a row is broken.
     """
     rows = _read_rows(path)
-    marks = [[label.strip() for label in row["labels"].split(SEPARATOR)] for row in rows]
-    classes = tuple(sorted({mark.removeprefix("-") for each in marks for mark in each} - {""}))
+    marks = [_read_labels(path, row) for row in rows]
+    classes = tuple(sorted({name for each in marks for name in each}))
     if not classes:
         raise MlcError(f"{path}: the column 'labels' is empty in every row")
     column = {name: index for index, name in enumerate(classes)}
     observed = np.full((len(rows), len(classes)), -1 if unlisted == "absent" else 0, dtype=np.int8)
     for values, each in zip(observed, marks, strict=True):
-        for mark in filter(None, each):
-            values[column[mark.removeprefix("-")]] = -1 if mark.startswith("-") else 1
+        for name, value in each.items():
+            values[column[name]] = value
     file = np.array([row["file"] for row in rows])
     labels = LabelTable(
         image_id=file,
@@ -53,39 +54,57 @@ def read_csv(path: Path, root: Path, unlisted: Unlisted = "absent") -> ImageSet:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows, all fields stripped, with the line of each under ``LINE``."""
     if not path.is_file():
-        raise MlcError(f"{path}: no such file; --data takes 'coco' or the path of a CSV")
+        raise MlcError(f"{path}: no such file; --data takes the name of a data set or a CSV")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
+            reader = csv.DictReader(file)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
             for column in ("file", "labels"):
                 if column not in columns:
                     raise MlcError(f"{path}: no column {column!r}, got {', '.join(columns)!r}")
-            rows = list(reader)
+            rows = [_strip(path, reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise MlcError(f"{path}: not a CSV in UTF-8 ({error})") from None
     if not rows:
         raise MlcError(f"{path}: has a header and no rows")
-    seen: dict[str, int] = {}
-    for line, row in enumerate(rows, start=2):
-        _check_row(path, line, row, seen)
+    _check_rows(path, rows)
     return rows
 
 
-def _check_row(path: Path, line: int, row: dict[str, str], seen: dict[str, int]) -> None:
-    if not row["file"] or row["labels"] is None or None in row:
+def _strip(path: Path, line: int, row: dict[str, str]) -> dict[str, str]:
+    if None in row or None in row.values():
         raise MlcError(
             f"{path}:{line}: expected as many fields as the header has, got "
             f"{[value for value in row.values() if value]}; several labels are joined by "
             f"{SEPARATOR!r}"
         )
-    if row["file"] in seen:
-        raise MlcError(
-            f"{path}:{line}: image id {row['file']!r} is there twice, first in line "
-            f"{seen[row['file']]}"
-        )
-    seen[row["file"]] = line
-    split = row.get("split")
-    if split and split not in SPLITS:
-        raise MlcError(f"{path}:{line}: unknown split {split!r}; {nearest(split, SPLITS)}")
+    return {name: value.strip() for name, value in row.items()} | {LINE: str(line)}
+
+
+def _check_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    seen: dict[str, str] = {}
+    for row in rows:
+        where, file, split = f"{path}:{row[LINE]}", row["file"], row.get("split")
+        if not file:
+            raise MlcError(f"{where}: the column 'file' is empty")
+        if file in seen:
+            raise MlcError(f"{where}: image id {file!r} is there twice, first in line {seen[file]}")
+        if split and split not in SPLITS:
+            raise MlcError(f"{where}: unknown split {split!r}; {nearest(split, SPLITS)}")
+        seen[file] = row[LINE]
+
+
+def _read_labels(path: Path, row: dict[str, str]) -> dict[str, int]:
+    """Return +1 or -1 for each label that a row lists."""
+    labels: dict[str, int] = {}
+    for mark in filter(None, (each.strip() for each in row["labels"].split(SEPARATOR))):
+        name, value = mark.removeprefix("-").strip(), -1 if mark.startswith("-") else 1
+        if not name or labels.get(name, value) != value:
+            raise MlcError(
+                f"{path}:{row[LINE]}: {mark!r} in {row['labels']!r} "
+                + ("is also listed without a minus" if name else "names no label")
+            )
+        labels[name] = value
+    return labels

@@ -1,5 +1,7 @@
 """LabelTable: what is known of each image's labels, and in which split the image is."""
 
+import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +63,15 @@ class LabelTable:
     def part(self, split: str) -> "LabelTable":
         """Return the rows of one split, in their order."""
         return self.rows(self.split == split)
+
+    def digest(self) -> str:
+        """Return a hash of everything in the table but where its images lie."""
+        digest = hashlib.sha256(repr((self.classes, self.expected_positives)).encode())
+        for array in (self.image_id, self.split):
+            digest.update("\n".join(array.tolist()).encode())
+        digest.update(self.observed.tobytes())
+        digest.update(b"" if self.true is None else self.true.tobytes())
+        return digest.hexdigest()
 
     def targets(self) -> NDArray[np.bool_]:
         """Return (N, L) bool: the truth, or the observed positives where it is not known."""
@@ -133,7 +144,7 @@ def load_labels(path: Path) -> LabelTable:
         MlcError: there is no such file, or it is not a label table.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             return LabelTable(
                 image_id=arrays["image_id"],
                 file=arrays["image_file"],
@@ -150,5 +161,5 @@ def load_labels(path: Path) -> LabelTable:
         raise MlcError(
             f"{path}: no label table there; mlc data prepare --out {path} makes one"
         ) from None
-    except (ValueError, KeyError, OSError, BadZipFile) as error:
+    except (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise MlcError(f"{path}: not a label table ({error})") from None

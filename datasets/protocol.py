@@ -34,9 +34,11 @@ def apply_protocol(
         corruption_seed: of the choice of the positive.
 
     Raises:
-        MlcError: the labels asked for need a truth that the table does not have, or a split
-            would be empty.
+        MlcError: the labels asked for need a truth that the table does not have, a split would
+            be empty, or a seed is out of range.
     """
+    for name, seed in (("split_seed", split_seed), ("corruption_seed", corruption_seed)):
+        check_seed(name, seed)
     if labels != "as-given":
         if table.true is None:
             raise MlcError(
@@ -50,6 +52,12 @@ def apply_protocol(
         )
         table = replace(table, observed=observed)
     return assign_splits(table, split_seed)
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise an MlcError if numpy does not take a seed."""
+    if not 0 <= seed < 2**32:
+        raise MlcError(f"{name}: should be from 0 to 2**32 - 1, got {seed}")
 
 
 def assign_splits(table: LabelTable, seed: int) -> LabelTable:

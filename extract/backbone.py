@@ -187,9 +187,10 @@ def _build(name: str, config: BackboneConfig) -> tuple[Any, str]:
     # The hub's client retries for a minute and logs each try; one sentence at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     pretrained = not config.random_weights and config.weights is None
-    torch.manual_seed(0)  # of --random-weights, so that they have the same key every time
     try:
-        model = timm.create_model(name, pretrained=pretrained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same, and so their key is, every time
+            model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # urllib, httpx, the hub and timm raise without a common base
         if not pretrained and not name.startswith(HUB):
             raise

@@ -20,6 +20,9 @@ INTERPOLATIONS = {
 }
 
 
+MOST_16_BIT = 2**16 - 1
+
+
 @dataclass(frozen=True)
 class LoadedImage:
     """What came of one file.
@@ -85,8 +88,10 @@ def decode_image(data: bytes, *, size_px: int, interpolation: str) -> NDArray[np
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits and more: Pillow's own conversion clips at 255
+        values = np.asarray(image).clip(min=0)
+        grey = values / max(MOST_16_BIT, values.max()) * 255
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")

@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError, choose
 from mlc.configs.progress import Progress, silent
@@ -90,6 +91,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
     _check(config)
     images = read_images(config)
     images.check_files()
+    progress(0, len(images.file), f"loading {config.backbone}")
     backbone = load_backbone(config, config.dtype)
     path = store_path(config, images, backbone)
     report = ExtractReport(
@@ -187,7 +189,9 @@ def _fill(
 ) -> None:
     """Extract the pending shards and those with a bad image that has been mended."""
     files = [images.root / str(name) for name in images.file]
-    todo = _shards_to_do(writer, files, backbone)
+    mended = _mended(writer, config, files, backbone)
+    pending = mended | (writer.status == schema.PENDING)
+    todo = [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
     total = sum(len(shard) for shard in todo)
     batches = [batch for shard in todo for batch in batches_of(shard, writer.batch_size)]
     stream = stream_features(backbone, files, batches, worker_count(config.workers))
@@ -201,20 +205,25 @@ def _fill(
             report.extracted += len(part.rows)
             bad += int((part.error != "").sum())
             progress(report.extracted, total, f"{bad} bad" if bad else "")
-        _stop_at_bad(config, files, parts)
+            for row, error in zip(part.rows, part.error, strict=True):
+                _stop_at_bad(config, files[row], error)
         _write(writer, shard, backbone, parts, report)
     report.wall_seconds = perf_counter() - start
     report.bad = writer.errors()
 
 
-def _shards_to_do(writer: StoreWriter, files: Sequence[Path], backbone: Backbone) -> list[range]:
+def _mended(
+    writer: StoreWriter, config: ExtractConfig, files: Sequence[Path], backbone: Backbone
+) -> NDArray[np.bool_]:
+    """Return which images were bad in an earlier call and can be read now."""
     size_px = backbone.key.size_px
     scratch = np.zeros((size_px, size_px, 3), dtype=np.uint8)
     mended = np.zeros(len(files), dtype=np.bool_)
     for row in np.flatnonzero(writer.status == schema.BAD).tolist():
-        mended[row] = not load_image(files[row], backbone.key.interpolation, scratch).error
-    pending = mended | (writer.status == schema.PENDING)
-    return [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
+        error = load_image(files[row], backbone.key.interpolation, scratch).error
+        _stop_at_bad(config, files[row], error)
+        mended[row] = not error
+    return mended
 
 
 def _take(stream: Iterator[FeatureBatch], shard: range) -> Iterator[FeatureBatch]:
@@ -225,15 +234,9 @@ def _take(stream: Iterator[FeatureBatch], shard: range) -> Iterator[FeatureBatch
             return
 
 
-def _stop_at_bad(
-    config: ExtractConfig, files: Sequence[Path], parts: Sequence[FeatureBatch]
-) -> None:
-    if config.on_error == "skip":
-        return
-    for part in parts:
-        for row, error in zip(part.rows, part.error, strict=True):
-            if error:
-                raise MlcError(f"{files[row]}: {error}; mend it, or pass --on-error skip")
+def _stop_at_bad(config: ExtractConfig, file: Path, error: str) -> None:
+    if error and config.on_error == "raise":
+        raise MlcError(f"{file}: {error}; mend it, or pass --on-error skip")
 
 
 def _write(

@@ -2,14 +2,12 @@
 
 import hashlib
 import pickle
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mlc.configs.errors import MlcError
@@ -90,15 +88,16 @@ def file_sha256(path: Path) -> str:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, struct.error, EOFError, RuntimeError, ValueError) as error:
-        raise MlcError(f"{path}: not a weights file ({_first_line(error)})") from None
+            content: object = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise MlcError(
-            f"{path}: holds more than tensors and is not opened, as that could run any program "
-            f"({_first_line(error)}); save its state_dict alone"
+            f"{path}: not a weights file, or holds more than tensors and is not opened, as that "
+            f"could run any program ({_first_line(error)}); save its state_dict alone"
         ) from None
+    except Exception as error:  # on a file of another kind the readers raise anything at all
+        raise MlcError(f"{path}: not a weights file ({_first_line(error)})") from None
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

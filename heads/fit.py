@@ -34,10 +34,12 @@ class Prepared:
     """Labels as one protocol shows them, joined with features.
 
     Attributes:
+        source: hash of the table as read.
         table: the label table, its splits assigned.
         splits: "train", "val" and "test", on the device of training.
     """
 
+    source: str
     table: LabelTable
     splits: dict[str, Split]
 
@@ -48,13 +50,14 @@ def prepare(config: TrainConfig, features: Features, table: LabelTable) -> Prepa
     Raises:
         MlcError: see ``apply_protocol``, ``join`` and ``choose_device``.
     """
-    table = apply_protocol(
+    shown = apply_protocol(
         table,
         default_labels(config, table),
         split_seed=config.split_seed,
         corruption_seed=config.corruption_seed,
     )
-    return Prepared(table, join(features, table, choose_device(config.device)))
+    splits = join(features, shown, choose_device(config.device))
+    return Prepared(table.digest(), shown, splits)
 
 
 def fit(
@@ -73,7 +76,7 @@ def fit(
     """
     check_config(config)
     table, splits = prepared.table, prepared.splits
-    path = config.out or run_path(config, features)
+    path = config.out or run_path(config, features, prepared.source)
     settled: dict[str, Any] = {
         "labels": default_labels(config, table),
         "features": features.path,
@@ -93,10 +96,19 @@ def fit(
     return read_run(path)
 
 
-def run_path(config: TrainConfig, features: Features, folder: Path = Path("runs")) -> Path:
-    """Return the default run folder: the same settings on the same features, the same path."""
+def run_path(
+    config: TrainConfig, features: Features, source: str, folder: Path = Path("runs")
+) -> Path:
+    """Return the default run folder: the same settings, features and labels, the same path.
+
+    Args:
+        config: of the run.
+        features: what it trains on.
+        source: hash of the label table as read.
+        folder: that holds the run folders.
+    """
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
-    text = json.dumps([settings, dict(features.key)], sort_keys=True)
+    text = json.dumps([settings, dict(features.key), source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
     return folder / name

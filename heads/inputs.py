@@ -16,6 +16,8 @@ from mlc.datasets.source import DataConfig, read_images
 from mlc.store import schema
 from mlc.store.reader import FeatureStore, find_store, labels_path
 
+DATA_SWITCHES = {"root", "keep_unlabelled", "unlisted"}  # of the data set that --data names
+
 
 class LabelsConfig(DataConfig):
     """Which store, and which labels: beside the store unless ``data`` or ``labels_file`` is given.
@@ -96,8 +98,9 @@ def read_labels(config: LabelsConfig, store: Path) -> LabelTable:
         raise MlcError("labels: got both --data and --labels-file; pass one")
     if config.data is not None:
         table = read_images(config).labels
-    elif config.root is not None:
-        raise MlcError("labels: --root without --data; pass --data coco or a CSV too")
+    elif ignored := DATA_SWITCHES & config.model_dump(exclude_defaults=True).keys():
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+        raise MlcError(f"labels: {names} without --data; pass --data coco or a CSV too")
     else:
         table = load_labels(config.labels_file or labels_path(store))
     return table if config.classes is None else select_classes(table, config.classes)

@@ -6,6 +6,7 @@ To add one: write its file beside ``bce.py``, add a line here; commands and test
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -84,10 +85,12 @@ def loss_value(
 def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
     """Raise an MlcError if a loss is unknown or lacks a knob, before any work starts."""
     known = choose(LOSSES, loss, "loss").knobs()
-    for name in knobs:
+    for name, value in knobs.items():
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
             raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
+        if not math.isfinite(value):
+            raise MlcError(f"knobs.{name}: should be a finite number, got {value}")
 
 
 @cache  # asked at every step

@@ -53,11 +53,12 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> list[Run]:
         check_config(each)
     features = read_features(config.features)
     table = read_labels(config, features.path)
+    source = table.digest()
     prepared: dict[tuple[object, ...], Prepared] = {}
     runs: list[Run] = []
     try:
         for each in grid:
-            path = run_path(each, features, config.out)
+            path = run_path(each, features, source, config.out)
             if not (path / RESULTS).is_file():
                 protocol = (default_labels(each, table), each.corruption_seed)
                 if protocol not in prepared:  # only the last is kept: each holds the features

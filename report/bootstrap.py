@@ -5,15 +5,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK_BYTES = 1 << 26
-
 
 def resample_weights(images: int, resamples: int, seed: int = 0) -> NDArray[np.int32]:
-    """Return (R, N): how often each image is in each resample of N images with replacement."""
-    draws = np.random.default_rng(seed).multinomial(
-        images, np.full(images, 1 / images), size=resamples
-    )
-    return draws.astype(np.int32)
+    """Return (N, R): how often each image is in each resample of N images with replacement."""
+    share = np.full(images, 1 / images)
+    draws = np.random.default_rng(seed).multinomial(images, share, size=resamples)
+    return np.ascontiguousarray(draws.T, dtype=np.int32)
 
 
 def resampled_map(
@@ -26,33 +23,30 @@ def resampled_map(
     Args:
         scores: (N, L).
         targets: (N, L) bool.
-        weights: (R, N) counts; pass the same to all runs that are compared.
+        weights: (N, R) counts; pass the same to all runs that are compared.
 
     Returns:
         (R,) float64.
     """
-    total = np.zeros(len(weights))
-    step = max(1, CHUNK_BYTES // (8 * len(scores)))
-    for column in range(scores.shape[1]):
-        order = np.argsort(-scores[:, column], kind="stable")
-        values, wanted = scores[order, column], targets[order, column]
-        if not wanted.any():
-            continue
-        # Index of the last image of each positive's tie group.
-        end = np.searchsorted(-values, -values[wanted], side="right") - 1
-        for start in range(0, len(weights), step):
-            part = weights[start : start + step, order]
-            total[start : start + step] += _weighted_ap(part, wanted, end)
+    total = np.zeros(weights.shape[1])
+    for values, wanted in zip(scores.T, targets.T, strict=True):
+        if wanted.any():
+            total += _resampled_ap(values, wanted, weights)
     total *= 100 / scores.shape[1]
     return total
 
 
-def _weighted_ap(
-    weights: NDArray[np.int32], wanted: NDArray[np.bool_], end: NDArray[np.intp]
+def _resampled_ap(
+    scores: NDArray[np.floating[Any]], wanted: NDArray[np.bool_], weights: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """Return (R,) AP of one class, images in falling order of their score."""
-    above = np.cumsum(weights, axis=1)[:, end]
-    found = np.cumsum(np.where(wanted, weights, 0), axis=1)[:, end]
-    own = weights[:, wanted]
-    total = (own * (found / np.maximum(above, 1))).sum(axis=1)
-    return np.asarray(total / np.maximum(own.sum(axis=1), 1), dtype=np.float64)
+    """Return (R,) AP of one class: only the sums between its positives are needed."""
+    order = np.argsort(-scores, kind="stable")
+    falling, hits = -scores[order], wanted[order]
+    # Where the tie group of each positive ends, and which positive is the first of its group.
+    ends, first = np.unique(np.searchsorted(falling, falling[hits], "right"), return_index=True)
+    starts = np.concatenate([[0], ends[:-1]])
+    above = np.add.reduceat(weights[order[: ends[-1]]], starts).cumsum(axis=0)
+    own = np.add.reduceat(weights[order[hits]], first)
+    found = own.cumsum(axis=0)
+    ap = (own * (found / np.maximum(above, 1))).sum(axis=0) / np.maximum(found[-1], 1)
+    return np.asarray(ap, dtype=np.float64)

@@ -14,22 +14,24 @@ from rich.table import Table
 from mlc.configs.progress import Progress
 
 LOG_SECONDS = 5.0  # between two JSON lines
-TABLE_WIDTH = 120  # where there is no terminal to ask
+ANY_WIDTH = 10_000  # where there is no terminal, so that nothing is cut
 
 
 class Pace:
-    """Units a second and seconds left, from the first news on: loading a model does not count."""
+    """Units a second and seconds left, from the first unit on: loading a model does not count."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> tuple[float, float]:
-        """Return (units a second, seconds left); (0, 0) at the first news."""
+        """Return (units a second, seconds left); (0, 0) until there are two counts to compare."""
         now = perf_counter()
-        if self._first is None:
+        if self._first is None or not done:
             self._first = (done, now)
         units, seconds = done - self._first[0], now - self._first[1]
-        return (units / seconds, (total - done) * seconds / units) if units else (0.0, 0.0)
+        if not (units and seconds):
+            return 0.0, 0.0
+        return units / seconds, (total - done) * seconds / units
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def print_table(records: Sequence[Mapping[str, str]]) -> None:
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for record in records:
         table.add_row(*record.values())
-    width = None if sys.stdout.isatty() else TABLE_WIDTH
+    width = None if sys.stdout.isatty() else ANY_WIDTH
     Console(width=width, highlight=False, markup=False).print(table)
 
 
@@ -94,7 +96,7 @@ def _json_lines(what: str, unit: str) -> Progress:
     def log(done: int, total: int, note: str = "") -> None:
         nonlocal last
         rate, left = pace(done, total)
-        if done < total and perf_counter() - last < LOG_SECONDS:
+        if 0 < done < total and perf_counter() - last < LOG_SECONDS:
             return
         last = perf_counter()
         line = {"job": what, "done": done, "total": total, "seconds_left": round(left, 1)}

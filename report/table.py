@@ -18,7 +18,7 @@ from mlc.heads.train import probabilities
 from mlc.report.bootstrap import resample_weights, resampled_map
 
 SEEDS = frozenset({"seed", "order_seed", "corruption_seed"})
-PLACES = frozenset({"out", "device", "features", "labels_file", "root", "data"})
+PLACES = frozenset({"out", "device", "features", "root"})
 FOLLOWS_LOSS = frozenset({"knobs", "labels"})
 TUNED = ("lr", "batch_size")  # chosen for each row by validation, as the papers' grids are
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
@@ -72,15 +72,15 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the runs that are, or lie in, the given folders.
 
     Raises:
-        MlcError: there are none.
+        MlcError: a folder is no run and has none in it.
     """
     folders = []
     for path in paths:
         here = (path / RESULTS).is_file()
-        folders += [path] if here else sorted(each.parent for each in path.glob(f"*/{RESULTS}"))
-    if not folders:
-        named = ", ".join(str(path) for path in paths)
-        raise MlcError(f"{named}: no run folders there; mlc train-head and mlc sweep make them")
+        found = [path] if here else sorted(each.parent for each in path.glob(f"*/{RESULTS}"))
+        if not found:
+            raise MlcError(f"{path}: no run folders there; mlc train-head and mlc sweep make them")
+        folders += found
     return [read_run(folder) for folder in dict.fromkeys(folders)]
 
 
@@ -136,12 +136,10 @@ def to_records(report: Report) -> list[dict[str, Any]]:
             "val mAP": f"{row.val:.2f}",
             "test mAP": f"{row.test:.2f}",
             "std": "" if np.isnan(row.deviation) else f"{row.deviation:.2f}",
-            "to best": f"{row.behind:+.2f}" if row.behind else "best",
-            "95 % interval": f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}"
-            if row.behind
-            else "",
+            "to best": f"{row.behind:+.2f}" if index else "best",
+            "95 % interval": f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" if index else "",
         }
-        for row in report.rows
+        for index, row in enumerate(report.rows)
     ] + [_prior_record(report)]
 
 
@@ -175,7 +173,7 @@ def write_table(report: Report, path: Path) -> None:
 
 def footnote(report: Report) -> str:
     """Say what the columns are, and what cannot be told apart."""
-    same = [" ".join(row.name.values()) for row in report.rows if row.behind and _ties_best(row)]
+    same = [" ".join(row.name.values()) for row in report.rows[1:] if _ties_best(row)]
     text = (
         f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
         f"paired bootstrap over images, {report.resamples:,} resamples."

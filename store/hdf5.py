@@ -38,15 +38,20 @@ class Hdf5Backend:
         except FileNotFoundError:
             raise MlcError(f"{path}: no such store") from None
         except BlockingIOError:
-            raise MlcError(f"{path}: another process is writing to it; wait for it") from None
+            raise MlcError(f"{path}: another process has it open; wait for it") from None
+        except PermissionError:
+            raise MlcError(f"{path}: no permission to open it") from None
         except OSError as error:
             raise MlcError(f"{path}: not an HDF5 file, or damaged ({error})") from None
 
     def attributes(self) -> dict[str, Any]:
         """Return the root's attributes."""
         values = {}
-        for name, value in self._file.attrs.items():
-            values[name] = bool(value) if isinstance(value, np.bool_) else json.loads(value)
+        try:
+            for name, value in self._file.attrs.items():
+                values[name] = bool(value) if isinstance(value, np.bool_) else json.loads(value)
+        except (TypeError, ValueError):
+            raise MlcError(f"{self.path}: an HDF5 file, but not a feature store") from None
         return values
 
     def set_attribute(self, name: str, value: Any) -> None:
@@ -80,11 +85,11 @@ class Hdf5Backend:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an array."""
-        return tuple(self._file[name].shape)
+        return tuple(self._array(name).shape)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
-        dataset = self._file[name]
+        dataset = self._array(name)
         if h5py.check_string_dtype(dataset.dtype):
             return np.array(dataset.asstr()[start:stop].tolist(), dtype=np.str_)
         values: Array = dataset[start:stop]
@@ -92,7 +97,7 @@ class Hdf5Backend:
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Write rows; text is encoded here because HDF5 counts bytes, not characters."""
-        dataset = self._file[name]
+        dataset = self._array(name)
         if values.dtype.kind == "U":  # the dataset's dtype tells HDF5 that the bytes are UTF-8
             values = np.char.encode(values, "utf-8").astype(dataset.dtype)
         dataset[start : start + len(values)] = values
@@ -104,3 +109,8 @@ class Hdf5Backend:
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
+
+    def _array(self, name: str) -> Any:
+        if name not in self._file:
+            raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
+        return self._file[name]

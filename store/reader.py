@@ -35,13 +35,16 @@ class FeatureStore:
         """
         self.path = path
         self._backend = schema.format_of(path).open(path)
+        try:
+            self._read(unfinished)
+        except BaseException:
+            self._backend.close()
+            raise
+
+    def _read(self, unfinished: bool) -> None:
+        path = self.path
         attributes = self._backend.attributes()
-        version = attributes.get("schema_version")
-        if version != schema.SCHEMA_VERSION:
-            raise MlcError(
-                f"{path}: expected a feature store of version {schema.SCHEMA_VERSION}, "
-                f"got version {version}; extract it again"
-            )
+        schema.require_version(path, attributes)
         self.complete: bool = attributes["complete"]
         self.key: dict[str, Any] = attributes["key"]
         self.made_by: dict[str, Any] = attributes["made_by"]
@@ -93,7 +96,7 @@ class FeatureStore:
 
 def labels_path(store: Path) -> Path:
     """Return where the label table of a store lies: beside it."""
-    return store.with_name(f"{store.stem}.labels.npz")
+    return store.with_name(f"{store.name}.labels.npz")
 
 
 def find_store(features: Path | None, folder: Path = Path("features")) -> Path:

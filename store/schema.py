@@ -7,7 +7,9 @@ Arrays, a row for each image: the names below, and for each layer ``<layer>/pool
 A bad image keeps its row, zeros in the features, and its reason in ``error``.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +50,16 @@ def format_of(path: Path) -> type[Backend]:
     if path.suffix not in SUFFIXES:
         raise MlcError(f"{path}: a store's name ends in {' or '.join(sorted(SUFFIXES))}")
     return choose(FORMATS, SUFFIXES[path.suffix], "format")
+
+
+def require_version(path: Path, attributes: Mapping[str, Any]) -> None:
+    """Raise an MlcError if attributes are not those of a store of this version."""
+    version = attributes.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise MlcError(
+            f"{path}: expected a feature store of version {SCHEMA_VERSION}, "
+            f"got version {version}; extract it again"
+        )
 
 
 def read_errors(backend: Backend) -> dict[str, str]:

@@ -83,7 +83,7 @@ class StoreWriter:
         content_hash: NDArray[np.str_],
         error: NDArray[np.str_],
     ) -> None:
-        """Write one whole shard, then mark it done.
+        """Write one whole shard, then mark it done; rows that are good already stay as they are.
 
         Args:
             shard: one of ``shards()``.
@@ -94,14 +94,16 @@ class StoreWriter:
         Raises:
             MlcError: a feature does not fit the store's dtype.
         """
-        bad = error != ""
+        bad = (error != "")[:, None, None]
+        new = {schema.CONTENT_HASH: content_hash, schema.ERROR: _clip_text(error)}
         for layer, values in features.items():
-            stored = self._cast(layer, np.where(bad[:, None, None], np.float32(0), values))
-            self._backend.write(schema.pooled(layer), shard.start, stored)
-        self._backend.write(schema.CONTENT_HASH, shard.start, content_hash)
-        self._backend.write(schema.ERROR, shard.start, _clip_text(error))
+            new[schema.pooled(layer)] = self._cast(layer, np.where(bad, np.float32(0), values))
+        kept = {name: self._keep_good(name, shard, values) for name, values in new.items()}
+        for name, values in kept.items():
+            self._backend.write(name, shard.start, values)
         self._backend.flush()
-        status = np.where(bad, schema.BAD, schema.OK).astype(schema.STATUS_DTYPE)
+        status = np.where(kept[schema.ERROR] == "", schema.OK, schema.BAD)
+        status = status.astype(schema.STATUS_DTYPE)
         self._backend.write(schema.STATUS, shard.start, status)
         self._backend.flush()
         self.status[shard.start : shard.stop] = status
@@ -121,9 +123,19 @@ class StoreWriter:
         """Flush and close."""
         self._backend.close()
 
+    def _keep_good(self, name: str, shard: range, values: NDArray[Any]) -> NDArray[Any]:
+        """Return new values, but those that the store has where a row is good already."""
+        good = self.status[shard.start : shard.stop] == schema.OK
+        if not good.any():
+            return values
+        stored = self._backend.read(name, shard.start, shard.stop)
+        return np.where(good.reshape(-1, *[1] * (values.ndim - 1)), stored, values)
+
     def _cast(self, layer: str, values: NDArray[np.float32]) -> NDArray[Any]:
         with np.errstate(over="ignore"):
             stored = values.astype(self._dtype)
+        if not np.isfinite(values).all():
+            raise MlcError(f"{self._backend.path}: {layer} has features that are not numbers")
         if not np.isfinite(stored).all():
             raise MlcError(
                 f"{self._backend.path}: {layer} has features that {self._dtype} cannot hold, "
@@ -161,7 +173,8 @@ def _create(path: Path, layout: Layout) -> None:
 
 def _check(backend: Backend, layout: Layout) -> None:
     attributes = backend.attributes()
-    require_same_key(backend.path, attributes.get("key", {}), layout.key)
+    schema.require_version(backend.path, attributes)
+    require_same_key(backend.path, attributes["key"], layout.key)
     stored = backend.read(schema.IMAGE_ID)
     if not np.array_equal(stored, layout.image_id):
         raise MlcError(

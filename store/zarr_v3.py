@@ -36,7 +36,13 @@ class ZarrBackend:
             raise MlcError(f"{path}: no such store")
         try:
             group = zarr.open_group(path, mode="r+" if write else "r", zarr_format=3)
-        except (zarr.errors.GroupNotFoundError, FileNotFoundError, KeyError, ValueError) as error:
+        except (
+            zarr.errors.GroupNotFoundError,
+            FileNotFoundError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise MlcError(f"{path}: not a Zarr v3 folder, or damaged ({error})") from None
         if write:
             for leftover in path.rglob("*.partial"):
@@ -62,6 +68,7 @@ class ZarrBackend:
             chunks=(min(chunk_rows, shape[0]), *shape[1:]),
             compressors=None,
             fill_value=0,
+            config={"write_empty_chunks": True},  # so that an absent chunk is a lost one
         )
 
     def create_text(self, name: str, rows: int, max_bytes: int, chunk_rows: int) -> None:
@@ -89,7 +96,8 @@ class ZarrBackend:
 
     def _array(self, name: str) -> "zarr.Array[Any]":
         if name not in self._arrays:
-            array = self._group[name]
-            assert isinstance(array, zarr.Array)
+            array = self._group.get(name)
+            if not isinstance(array, zarr.Array):
+                raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
             self._arrays[name] = array
         return self._arrays[name]

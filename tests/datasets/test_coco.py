@@ -1,19 +1,17 @@
 """COCO: rows and columns as the MLSPL authors' code orders them, and every way to be broken."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from shared import need
 
 from mlc.configs.errors import MlcError
 from mlc.datasets.coco import read_coco
 
-SHARED = Path(os.environ.get("MLC_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-MINI = SHARED / "coco-mini"
 CATEGORIES = [{"id": 7, "name": "zebra"}, {"id": 3, "name": "apple"}, {"id": 5, "name": "mouse"}]
 TRAIN = {9: [7, 7, 3], 10: [5], 100: [], 2: [3]}  # the categories of each image's annotations
 TEST = {1000: [7], 11: [], 30: [3, 5]}
@@ -216,9 +214,7 @@ def test_an_image_in_both_parts_is_refused(root: Path, keep_unlabelled: bool) ->
 
 
 def test_real_photos_have_cocos_figures() -> None:
-    if not MINI.is_dir():
-        pytest.skip(f"{MINI} is not there; set MLC_SHARED to the folder of coco-mini")
-    images = read_coco(MINI)
+    images = read_coco(need("coco-mini"))
     train, test = images.labels.part("train"), images.labels.part("test")
     assert (len(train), len(test), len(images.labels.classes)) == (3_055, 900, 80)
     assert images.labels.true.sum(axis=1).mean() == pytest.approx(2.93, abs=0.005)

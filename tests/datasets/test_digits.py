@@ -1,6 +1,5 @@
 """Digits: what is drawn, which glyphs go where, and that a half-drawn folder is drawn again."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[bytes]]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[set[bytes]]:
     """Record for each picture the glyphs that it was drawn from."""
     pools: list[set[bytes]] = []
 
@@ -31,7 +30,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[set[bytes]]]:
         return draw(glyphs, *rest)
 
     monkeypatch.setattr(digits, "draw", spy)
-    yield pools
+    return pools
 
 
 def pictures(count: int, seed: int = 0) -> list[tuple[np.ndarray, list[int]]]:
@@ -77,7 +76,7 @@ def test_each_glyph_lies_in_a_quarter_of_its_own() -> None:
 def test_labels_are_the_digits_of_the_glyphs_that_were_drawn() -> None:
     ink = np.arange(1, 6)[:, None, None] * np.full((5, 8, 8), 3.0)
     generator = np.random.default_rng(2)
-    shades = {int(value): digit for digit, value in enumerate((ink[:, 0, 0] * 255 / 16))}
+    shades = {int(value): digit for digit, value in enumerate(ink[:, 0, 0] * 255 / 16)}
     for _ in range(40):
         image, labels = draw(ink, np.arange(5), generator)
         seen = set(np.unique(np.asarray(image)).tolist()) - {0}

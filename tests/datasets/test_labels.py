@@ -98,6 +98,28 @@ def test_an_unknown_or_repeated_class_is_refused() -> None:
         class_columns(classes, ("cat", "dog", "cat"))
 
 
+def test_the_digest_is_of_what_training_could_see(table: LabelTable) -> None:
+    changes = {
+        "image_id": np.array(["10", "9", "é", "8"]),
+        "classes": ("cat", "dog", "traffic lights"),
+        "observed": -table.observed,
+        "true": ~TRUE,
+        "split": np.array(["train", "test", "val", ""]),
+        "expected_positives": 2.9,
+    }
+    digests = [table.digest(), *(replace(table, **{key: changes[key]}).digest() for key in changes)]
+    assert len(set(digests)) == len(changes) + 1
+    assert replace(table, true=None).digest() not in digests
+
+
+def test_the_digest_stays_when_the_images_move_or_the_table_is_stored(
+    table: LabelTable, tmp_path: Path
+) -> None:
+    moved = replace(table, file=np.array(["1", "2", "3", "4"]))
+    save_labels(table, tmp_path / "labels.npz")
+    assert moved.digest() == table.digest() == load_labels(tmp_path / "labels.npz").digest()
+
+
 @pytest.mark.parametrize("change", [{}, {"true": None}, {"expected_positives": None}])
 def test_a_saved_table_comes_back_the_same(table: LabelTable, tmp_path: Path, change: dict) -> None:
     table = replace(table, **change)

@@ -1,15 +1,14 @@
 """Splits and single positives: the authors' numbers, and what holds of any table."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import golden
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from shared import need
 
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels
@@ -17,8 +16,6 @@ from mlc.datasets.protocol import apply_protocol, assign_splits, observe, valida
 
 GOLDEN = golden.load("mlspl/labels.json")
 TRUE = np.array(GOLDEN["labels"], dtype=bool)
-SHARED = Path(os.environ.get("MLC_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-COCO_LABELS = SHARED / "coco-labels" / "train2014.npz"
 
 
 def table_of(true: np.ndarray, split: list[str], dataset: str = "coco") -> LabelTable:
@@ -79,6 +76,7 @@ def test_a_table_in_the_papers_form_gets_the_authors_split_and_positives() -> No
 matrices = arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 9)))
 
 
+@settings(deadline=None)
 @given(matrices, st.integers(0, 2**32 - 1))
 def test_single_positives_are_one_true_positive_of_each_image(true: np.ndarray, seed: int) -> None:
     observed = observe(true, seed=seed)
@@ -87,6 +85,7 @@ def test_single_positives_are_one_true_positive_of_each_image(true: np.ndarray, 
     assert not (observed == -1).any()
 
 
+@settings(deadline=None)
 @given(matrices, st.integers(0, 4), st.integers(0, 4), st.integers(0, 2**32 - 1))
 def test_what_is_observed_is_true_and_as_much_as_asked(
     true: np.ndarray, positives: int, negatives: int, seed: int
@@ -103,6 +102,7 @@ def test_what_is_observed_is_true_and_as_much_as_asked(
     assert not ((observed == -1) & true).any()
 
 
+@settings(deadline=None)
 @given(matrices, st.integers(0, 2**32 - 1))
 def test_asking_for_a_negative_does_not_change_the_positive(true: np.ndarray, seed: int) -> None:
     alone, with_negative = observe(true, seed=seed), observe(true, negatives=1, seed=seed)
@@ -226,9 +226,7 @@ def test_an_empty_split_is_refused(split: list[str], missing: str) -> None:
 @pytest.fixture(scope="module")
 def coco() -> LabelTable:
     """Stand-in test rows follow the 82,081 real ones."""
-    if not COCO_LABELS.is_file():
-        pytest.skip(f"{COCO_LABELS} is not there; set MLC_SHARED to the folder of coco-labels")
-    with np.load(COCO_LABELS) as stored:
+    with np.load(need("coco-labels/train2014.npz")) as stored:
         true = np.unpackbits(stored["labels"], axis=1)[:, :80].astype(bool)
     table = table_of(np.concatenate([true, true[:9]]), ["train"] * len(true) + ["test"] * 9)
     return apply_protocol(table, "single-positive")

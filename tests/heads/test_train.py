@@ -1,14 +1,32 @@
 """The training step: the authors' trajectory, and what a run's numbers may depend on."""
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import golden
 import numpy as np
 import pytest
 import torch
 
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import LabelTable, full_labels
 from mlc.heads.inputs import Split
 from mlc.heads.linear import LinearHead
 from mlc.heads.losses import LOSSES
-from mlc.heads.train import run_epoch
+from mlc.heads.metrics import mean_ap
+from mlc.heads.train import (
+    TrainConfig,
+    TrainedHead,
+    batches_of_epoch,
+    check_config,
+    default_labels,
+    probabilities,
+    run_epoch,
+    settle_knobs,
+    train_head,
+)
 
 GOLDEN = golden.load("mlspl/trajectory.json")
 
@@ -43,3 +61,277 @@ def test_24_adam_steps_end_where_the_authors_do(name: str) -> None:
         np.testing.assert_allclose(estimator.detach(), want["estimator_logits"], **close)
     moved = np.abs(np.array(want["weight"]) - np.array(GOLDEN["weight"])).max()
     assert moved > 100 * close["atol"]  # the tolerance can tell
+
+
+def random_split(images: int, seed: int) -> Split:
+    """Return images whose labels follow their features, with some noise, half of them observed."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, 6, generator=generator)
+    noise = torch.randn(images, 4, generator=generator)
+    true = features[:, :4] + noise > 0.5
+    true[0] = True
+    hidden = torch.rand(images, 4, generator=generator) < 0.5
+    observed = torch.where(hidden, 0, true * 2 - 1).to(torch.int8)
+    return Split(np.arange(images).astype(str), features, observed, true.numpy())
+
+
+@pytest.fixture
+def splits() -> dict[str, Split]:
+    return {name: random_split(60, seed) for seed, name in enumerate(("train", "val", "test"))}
+
+
+def train(splits: dict[str, Split], **settings: Any) -> TrainedHead:
+    loss = settings.setdefault("loss", "an")
+    known = LOSSES[loss].knobs()
+    knobs = {"expected_positives": 1.5} if "expected_positives" in known else {}
+    return train_head(
+        TrainConfig(**({"epochs": 4, "lr": 1e-2, "device": "cpu", "knobs": knobs} | settings)),
+        splits,
+    )
+
+
+def same(one: TrainedHead, other: TrainedHead) -> bool:
+    """Whether two trainings gave the same bits."""
+    states = (torch.equal(one.state[name], other.state[name]) for name in one.state)
+    logits = (np.array_equal(one.logits[name], other.logits[name]) for name in one.logits)
+    return one.history == other.history and all(states) and all(logits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_same_seeds_give_the_same_bits(splits: dict[str, Split], loss: str) -> None:
+    assert same(train(splits, loss=loss), train(splits, loss=loss))
+
+
+@pytest.mark.parametrize("loss", ["an", "role"])
+@pytest.mark.parametrize("seed", ["seed", "order_seed"])
+def test_another_seed_gives_another_head(splits: dict[str, Split], loss: str, seed: str) -> None:
+    assert not same(train(splits, loss=loss), train(splits, loss=loss, **{seed: 1}))
+
+
+def test_the_state_of_other_generators_does_not_matter(splits: dict[str, Split]) -> None:
+    torch.manual_seed(1)
+    first = train(splits, loss="role")
+    torch.manual_seed(2)
+    assert same(first, train(splits, loss="role"))
+
+
+def test_history_has_a_line_for_each_epoch_and_progress_hears_of_it(splits: dict) -> None:
+    heard = []
+    config = TrainConfig(loss="bce", epochs=3, lr=1e-2)
+    trained = train_head(config, splits, lambda done, total, note="": heard.append((done, total)))
+    assert [line["epoch"] for line in trained.history] == [1, 2, 3]
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+    losses = [line["loss"] for line in trained.history]
+    assert 0 < losses[-1] < losses[0] < 2
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes the validation mAP of the epochs to come what it is told."""
+
+    def script(*values: float) -> None:
+        rest = iter(values)
+        monkeypatch.setattr("mlc.heads.train.mean_ap", lambda *_: next(rest))
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("maps", "best"), [((10, 50, 30, 50, 20), 2), ((5, 4, 3), 1), ((1, 1, 2), 3), ((0, 0), 1)]
+)
+def test_the_first_of_the_best_epochs_is_kept(
+    splits: dict, scripted: Callable[..., None], maps: tuple[float, ...], best: int
+) -> None:
+    scripted(*maps)
+    trained = train(splits, epochs=len(maps))
+    assert trained.best_epoch == best
+    assert [line["val_mAP"] for line in trained.history] == list(maps)
+    scripted(*range(best))  # rising: the last is kept
+    stopped_there = train(splits, epochs=best)
+    assert stopped_there.best_epoch == best
+    for name, value in trained.state.items():
+        assert torch.equal(value, stopped_there.state[name])
+    for name, logits in trained.logits.items():
+        np.testing.assert_array_equal(logits, stopped_there.logits[name])
+
+
+def test_logits_are_those_of_the_state_that_is_kept(
+    splits: dict, scripted: Callable[..., None]
+) -> None:
+    scripted(1, 3, 2, 2)
+    trained = train(splits)
+    for name in ("val", "test"):
+        want = splits[name].features @ trained.state["weight"].T + trained.state["bias"]
+        np.testing.assert_allclose(trained.logits[name], want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_recorded_map_is_that_of_clean_validation_labels(splits: dict) -> None:
+    trained = train(splits, loss="bce")
+    best = trained.history[trained.best_epoch - 1]["val_mAP"]
+    assert best == mean_ap(probabilities(trained.logits["val"]), splits["val"].true)
+    assert best == max(line["val_mAP"] for line in trained.history)
+
+
+def test_observed_validation_labels_can_choose_another_epoch(
+    splits: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, observed = splits["val"].true, (splits["val"].observed == 1).numpy()
+    assert (clean != observed).any()
+    rising, falling = iter((1, 2, 3)), iter((3, 2, 1))
+
+    def map_of(_, targets):
+        if np.array_equal(targets, clean):
+            return next(rising)
+        np.testing.assert_array_equal(targets, observed)
+        return next(falling)
+
+    monkeypatch.setattr("mlc.heads.train.mean_ap", map_of)
+    assert train(splits, epochs=3, val_labels="clean").best_epoch == 3
+    assert train(splits, epochs=3, val_labels="observed").best_epoch == 1
+
+
+def test_the_test_split_never_influences_training_or_selection(splits: dict) -> None:
+    other = random_split(45, seed=9)
+    first, second = train(splits), train(splits | {"test": other})
+    assert first.history == second.history
+    assert first.best_epoch == second.best_epoch
+    for name, value in first.state.items():
+        assert torch.equal(value, second.state[name])
+    assert len(second.logits["test"]) == 45
+
+
+def test_training_sees_observed_labels_only(splits: dict) -> None:
+    lying = replace(splits["train"], true=~splits["train"].true)
+    assert same(train(splits), train(splits | {"train": lying}))
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "shape"), [(10, 4, (2, 4)), (8, 4, (2, 4)), (3, 16, (1, 3))]
+)
+def test_batches_are_whole_and_no_row_is_in_two(images: int, size: int, shape: tuple) -> None:
+    batches = batches_of_epoch(images, size, torch.Generator().manual_seed(0))
+    assert batches.shape == shape
+    rows = batches.flatten().tolist()
+    assert len(set(rows)) == len(rows)
+    assert set(rows) <= set(range(images))
+
+
+def test_other_rows_are_dropped_in_each_epoch() -> None:
+    order = torch.Generator().manual_seed(0)
+    dropped = [
+        set(range(10)) - set(batches_of_epoch(10, 4, order).flatten().tolist()) for _ in range(40)
+    ]
+    assert {len(each) for each in dropped} == {2}
+    assert set().union(*dropped) == set(range(10))
+
+
+def test_heads_that_differ_in_their_seed_share_every_batch(
+    splits: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def spy(*arguments):
+        batches = batches_of_epoch(*arguments)
+        seen.append(batches.flatten().tolist())
+        return batches
+
+    monkeypatch.setattr("mlc.heads.train.batches_of_epoch", spy)
+    train(splits, loss="role", seed=0)
+    train(splits, loss="role", seed=1)
+    train(splits, loss="an", seed=0)
+    assert seen[:4] == seen[4:8] == seen[8:]
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize("loss", ["bce", "role"])
+def test_fewer_images_than_a_batch_are_one_batch(splits: dict, loss: str) -> None:
+    splits["train"] = random_split(3, seed=5)
+    trained = train(splits, loss=loss, batch_size=16)
+    assert len({line["loss"] for line in trained.history}) == 4
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_features_that_are_not_finite_are_told(splits: dict, value: float) -> None:
+    splits["train"].features[7, 2] = value
+    with pytest.raises(MlcError, match=r"an: training diverged, .* not finite; .* smaller lr"):
+        train(splits)
+
+
+def test_a_learning_rate_that_overflows_is_told(splits: dict) -> None:
+    with pytest.raises(MlcError, match=r"bce: training diverged, .* not finite; .* smaller lr"):
+        train(splits, loss="bce", lr=1e38)
+
+
+def table_of(**changes: Any) -> LabelTable:
+    """Return four training images of 1, 2, 3 and 4 labels, and a test image of none."""
+    true = np.tri(5, 4, dtype=bool)
+    true[4] = False
+    names = np.arange(5).astype(str)
+    split = np.array(["train"] * 4 + ["test"])
+    table = LabelTable(
+        names, names, (*"abcd",), full_labels(true), true, split, "coco", expected_positives=2.9
+    )
+    return replace(table, **changes)
+
+
+def test_knobs_are_those_given_or_else_the_losss_own() -> None:
+    table = table_of()
+    assert settle_knobs(TrainConfig(loss="an"), table) == {}
+    assert settle_knobs(TrainConfig(loss="an_ls"), table) == {"smoothing": 0.1}
+    given = TrainConfig(loss="an_ls", knobs={"smoothing": 0.05})
+    assert settle_knobs(given, table) == {"smoothing": 0.05}
+
+
+def test_a_knob_that_the_loss_works_out_is_left_to_it() -> None:
+    assert settle_knobs(TrainConfig(loss="wan"), table_of()) == {}
+    given = TrainConfig(loss="wan", knobs={"negative_weight": 0.5})
+    assert settle_knobs(given, table_of()) == {"negative_weight": 0.5}
+
+
+@pytest.mark.parametrize("loss", ["epr", "role"])
+def test_expected_positives_are_given_or_the_papers_or_counted_in_training(loss: str) -> None:
+    config = TrainConfig(loss=loss)
+    given = TrainConfig(loss=loss, knobs={"expected_positives": 7.0})
+    counted, partial = (
+        table_of(expected_positives=None),
+        table_of(expected_positives=None, true=None),
+    )
+    assert settle_knobs(config, table_of()) == {"expected_positives": 2.9}
+    assert settle_knobs(config, counted) == {"expected_positives": 2.5}
+    for table in (table_of(), counted, partial):
+        assert settle_knobs(given, table) == {"expected_positives": 7.0}
+    with pytest.raises(MlcError, match=r"not known of partial .* --set knobs.expected_positives="):
+        settle_knobs(config, partial)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_labels_are_those_asked_for_or_what_the_loss_is_made_for(loss: str) -> None:
+    wanted = "full" if loss in ("bce", "bce_ls") else "single-positive"
+    config = TrainConfig(loss=loss)
+    assert default_labels(config, table_of(dataset="coco")) == wanted
+    assert default_labels(config, table_of(dataset="digits")) == wanted
+    assert default_labels(config, table_of(dataset="csv-photos")) == "as-given"
+    asked = TrainConfig(loss=loss, labels="full")
+    assert default_labels(asked, table_of(dataset="csv-photos")) == "full"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"head": "liner"}, r"unknown head 'liner'; did you mean 'linear'"),
+        ({"loss": "bec"}, r"unknown loss 'bec'; did you mean 'bce'"),
+        ({"knobs": {"smoothing": 0.1}}, r"bce has no knob 'smoothing'"),
+        ({"epochs": 0}, r"epochs: should be at least 1, got 0"),
+        ({"batch_size": -1}, r"batch_size: should be at least 1, got -1"),
+        ({"seed": -1}, r"seed: should be from 0 to 2\*\*32 - 1, got -1"),
+        ({"corruption_seed": 2**32}, r"corruption_seed: .* got 4294967296"),
+        ({"lr": 0.0}, r"lr: should be a positive number, got 0.0"),
+        ({"lr": math.nan}, r"lr: should be a positive number, got nan"),
+        ({"lr": math.inf}, r"lr: should be a positive number, got inf"),
+        ({"loss": "an_ls", "knobs": {"smoothing": math.nan}}, r"smoothing: .* got nan"),
+    ],
+)
+def test_settings_are_checked_before_any_work(settings: dict, sentence: str) -> None:
+    check_config(TrainConfig())
+    with pytest.raises(MlcError, match=sentence):
+        check_config(TrainConfig(**settings))

@@ -317,26 +317,27 @@ def test_only_pending_shards_are_left_after_reopening(path: Path) -> None:
     assert_same_store(path, fill(path.with_name(f"whole{path.suffix}"), what))
 
 
-def test_a_written_shard_can_be_written_again(path: Path) -> None:
-    first, second = content(), content(reasons={3: "went bad"}, seed=1)
+def test_written_again_a_shard_takes_what_was_bad_and_keeps_what_was_good(path: Path) -> None:
+    first, second = content(), content(reasons={0: "went bad"}, seed=1)
     fill(path, first)
     with writing(path, first.layout) as writer:
-        writer.write_shard(*second.part(range(3, 6)))
-        assert writer.errors() == {
-            "photos/über.png": REASONS[2],
-            "photos/写真/猫.jpg": "went bad",
-        }
+        writer.write_shard(*second.part(range(3)))
+        assert "photos/über.png" not in writer.errors()
+        assert "went bad" not in writer.errors().values()
     with FeatureStore(path) as store:
-        np.testing.assert_array_equal(store.pooled()[3:6], second.expected("pre_logits")[3:6, 0])
-        np.testing.assert_array_equal(store.pooled()[:3], first.expected("pre_logits")[:3, 0])
+        want = first.expected("pre_logits")[:, 0]
+        want[2] = second.expected("pre_logits")[2, 0]
+        np.testing.assert_array_equal(store.pooled(), want)
+        assert (store.status[:3] == schema.OK).all()
+        assert store.content_hash()[2] == second.content_hash[2]
 
 
 def test_finish_refuses_while_rows_are_pending(path: Path) -> None:
     what = content()
     fill(path, what, shards=[0, 1])
-    with writing(path, what.layout) as writer:
-        with pytest.raises(MlcError, match="1 images are still to be extracted"):
-            writer.finish()
+    expected = pytest.raises(MlcError, match="1 images are still to be extracted")
+    with writing(path, what.layout) as writer, expected:
+        writer.finish()
     with pytest.raises(MlcError, match="unfinished"):
         FeatureStore(path)
 
@@ -351,6 +352,15 @@ def test_an_unfinished_store_opens_only_when_asked_for(path: Path) -> None:
         assert (store.status != schema.PENDING).tolist() == [False] * 3 + [True] * 3 + [False]
         np.testing.assert_array_equal(store.pooled()[3:6], what.expected("pre_logits")[3:6, 0])
         assert not store.pooled()[:3].any()
+
+
+def test_a_store_that_is_refused_is_not_kept_open(path: Path) -> None:
+    what = content()
+    fill(path, what, shards=[1])
+    with pytest.raises(MlcError) as caught:
+        FeatureStore(path)
+    assert_holds(fill(path, what), what)
+    assert "unfinished" in str(caught.value)  # its traceback, and so the reader, is still alive
 
 
 def test_recorded_batch_size_and_shards_win_over_those_asked_for(path: Path) -> None:
@@ -570,9 +580,9 @@ def test_a_lock_that_another_process_holds_is_an_error_until_it_dies(path: Path)
 
 
 def test_locks_of_different_stores_do_not_meet(path: Path) -> None:
-    with writer_lock(path), writer_lock(path.with_name(f"other{path.suffix}")):
-        with pytest.raises(MlcError), writer_lock(path):
-            pytest.fail("two writers hold the lock")
+    other = path.with_name(f"other{path.suffix}")
+    with writer_lock(path), writer_lock(other), pytest.raises(MlcError), writer_lock(path):
+        pytest.fail("two writers hold the lock")
 
 
 def test_a_lock_is_free_again_after_an_error(path: Path) -> None:
@@ -586,9 +596,9 @@ def test_an_hdf5_file_that_another_process_writes_is_said_to_be_so(tmp_path: Pat
     path = fill(tmp_path / "a.h5", content())
     with child(HOLD_WRITER, path) as process:
         assert said(process) == "held"
-        with pytest.raises(MlcError, match="another process is writing to it"):
+        with pytest.raises(MlcError, match="another process has it open"):
             FeatureStore(path)
-        with pytest.raises(MlcError, match="another process is writing to it"):
+        with pytest.raises(MlcError, match="another process has it open"):
             StoreWriter.create_or_resume(path, content().layout)
 
 
@@ -609,16 +619,22 @@ for part in parts:
 time.sleep(60)
 """
 KILLS = 5
-SHARDS = 24
+SHARDS = 32
 
 
-def killed(process: subprocess.Popen[bytes], after: int, seconds: float) -> int:
-    """Kill a writer some time after it has said so many lines; return the shards it had written."""
+def killed(process: subprocess.Popen[bytes], path: Path, after: int, seconds: float) -> int:
+    """Kill a writer some time after so many shards, 0 while it lays the store out.
+
+    Returns:
+        How many shards it had written by its own account.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(b"!")
     process.stdin.flush()
     assert said(process) == "creating"
+    while not any(path.parent.glob(f"*{path.name}*")):
+        time.sleep(0)
     for _ in range(after):
         assert said(process) == "written"
     time.sleep(seconds)
@@ -650,13 +666,14 @@ def test_a_killed_writer_loses_the_shard_in_flight_at_most(tmp_path: Path, suffi
     what = content(numbered(3 * SHARDS), reasons=dict.fromkeys(range(0, 3 * SHARDS, 10), "bad"))
     whole = fill(tmp_path / f"whole{suffix}", what)
     generator = np.random.default_rng(20261123)
-    afters = [0, *generator.integers(1, SHARDS - 4, KILLS - 1).tolist()]
+    afters = [0, 0, *generator.integers(1, 15, KILLS - 2).tolist()]
     paths = [tmp_path / f"killed{index}{suffix}" for index in range(KILLS)]
     with ready_writers(paths, what) as writers:
         for path, process, after in zip(paths, writers, afters, strict=True):
-            written = killed(process, after, float(generator.uniform(0, 0.01)))
+            written = killed(process, path, after, generator.uniform(0, 0.006))
             with writing(path, what.layout) as writer:
                 left = pending(writer)
+                assert left, "the writer was done before it was killed"
                 assert written <= SHARDS - len(left) <= written + 1
                 for shard in left:
                     writer.write_shard(*what.part(shard))
@@ -671,14 +688,13 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 @st.composite
 def write_sequences(draw: st.DrawFn) -> tuple[Content, list[tuple[int, int]]]:
-    """Some images, and (shard, seed of its values) in the order of writing, each at least once."""
+    """Some images, and (shard, seed of its values) in the order of writing, each once."""
     ids = draw(st.lists(TEXT, min_size=1, max_size=9, unique=True))
     shard_rows = draw(st.integers(1, 5))
     reasons = draw(st.dictionaries(st.integers(0, len(ids) - 1), TEXT, max_size=3))
     dtype = draw(st.sampled_from(["float32", "float16"]))
     shards = -(-len(ids) // shard_rows)
-    again = draw(st.lists(st.integers(0, shards - 1), max_size=3))
-    order = draw(st.permutations([*range(shards), *again]))
+    order = draw(st.permutations(range(shards)))
     what = content(ids, shard_rows, key=replace(KEY, dtype=dtype), reasons=reasons)
     return what, [(shard, seed) for seed, shard in enumerate(order)]
 
@@ -686,7 +702,7 @@ def write_sequences(draw: st.DrawFn) -> tuple[Content, list[tuple[int, int]]]:
 @settings(max_examples=20, deadline=None, database=None)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @given(case=write_sequences())
-def test_any_order_of_writes_reads_back_as_last_written(
+def test_any_order_of_writes_reads_back_as_written(
     suffix: str, case: tuple[Content, list[tuple[int, int]]]
 ) -> None:
     what, order = case
@@ -737,4 +753,4 @@ def test_several_stores_are_listed_and_none_is_guessed(tmp_path: Path) -> None:
 
 
 def test_labels_lie_beside_the_store(path: Path) -> None:
-    assert labels_path(path) == path.with_name("store.labels.npz")
+    assert labels_path(path) == path.with_name(f"{path.name}.labels.npz")
