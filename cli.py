@@ -80,6 +80,7 @@ def demo(**flags: Any) -> None:
     """Digits, a real pretrained backbone, six losses, one table: minutes on two CPU cores."""
     from mlc.configs import load
     from mlc.report.demo import DemoConfig, demo_features, demo_heads
+    from mlc.report.summary import print_extraction, print_report
 
     config = load(DemoConfig, "demo", flags=flags)
     print_extraction(demo_features(config))
@@ -137,6 +138,7 @@ def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     from mlc.configs import load
     from mlc.extract.run import ExtractConfig, extract
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_extraction
 
     config = load(ExtractConfig, "extract", recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
@@ -176,6 +178,7 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     from mlc.heads.inputs import read_features, read_labels
     from mlc.heads.train import TrainConfig, check_config
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_run
 
     config = load(TrainConfig, "train-head", recipe, overrides, flags)
     check_config(config)
@@ -202,6 +205,7 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     from mlc.configs import load
     from mlc.heads.sweep import SweepConfig, sweep
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_report
     from mlc.report.table import make_report
 
     config = load(SweepConfig, "sweep", recipe, overrides, flags)
@@ -235,13 +239,14 @@ def evaluate(
     from mlc.heads.run_folder import read_run
     from mlc.models.evaluate import evaluate_run
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_bad, print_metrics
 
     with progress_bar("evaluate", "images") as progress:
         metrics, bad = evaluate_run(
             read_run(run), flags, split, weights=weights, device=device, progress=progress
         )
     print_bad(bad)
-    print_metrics(metrics)
+    print_metrics(metrics, split)
     if json_file is not None:
         json_file.write_text(json.dumps(metrics, indent=1) + "\n")
         click.echo(f"all metrics: {json_file}")
@@ -266,6 +271,7 @@ def predict(
     from mlc.heads.run_folder import read_run
     from mlc.models.whole import load_whole, predict
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_bad
 
     model = load_whole(read_run(run), weights, device or "auto")
     with progress_bar("predict", "images") as progress:
@@ -282,6 +288,7 @@ def predict(
 def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Path | None) -> None:
     """Compare runs: mean and deviation over seeds, paired intervals over images."""
     from mlc.report.console import progress_bar
+    from mlc.report.summary import print_report
     from mlc.report.table import find_runs, make_report, write_table
 
     found = find_runs(runs or (Path("runs"),))
@@ -293,69 +300,6 @@ def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Pat
     if out is not None:
         write_table(table, out)
         click.echo(f"table: {out}")
-
-
-def print_extraction(report: Any) -> None:
-    """Print what an extraction did: backbone, bad images, shares of time, where the store is."""
-    from mlc.extract.run import STAGES
-    from mlc.report.console import shares
-
-    click.echo(f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}")
-    print_bad(report.bad)
-    if report.extracted:
-        rate = report.extracted / report.wall_seconds
-        click.echo(
-            f"{report.extracted:,} images in {report.wall_seconds:.1f} s, {rate:.1f} images/s: "
-            f"{shares(report.seconds, STAGES)}"
-        )
-    else:
-        click.echo(f"nothing to do, all {report.images:,} images were there")
-    click.echo(f"store: {report.path}")
-
-
-def print_bad(bad: dict[str, str]) -> None:
-    """List bad images on standard error."""
-    for file, reason in bad.items():
-        click.echo(f"bad image: {file}: {reason}", err=True)
-
-
-def print_run(run: Any) -> None:
-    """Print the figures of a run and where it is."""
-    results = run.results
-    click.echo(
-        f"{run.config.loss}, lr {run.config.lr:g}, batch {run.config.batch_size}: best epoch "
-        f"{results['best_epoch']} of {run.config.epochs}, val mAP {results['val']['mAP']:.2f}"
-    )
-    print_metrics(results["test"])
-    click.echo(f"run: {run.path}")
-
-
-def print_metrics(metrics: dict[str, Any]) -> None:
-    """Print the figures of one split on two lines."""
-    first = ("mAP", "mAP_asl", "mAP_voc")
-    second = ("CP", "CR", "CF1", "OP", "OR", "OF1")
-    click.echo(
-        f"{metrics['images']:,} images: "
-        + ", ".join(f"{name} {metrics[name]:.2f}" for name in first)
-    )
-    click.echo(
-        f"at threshold {metrics['threshold']:g}: "
-        + ", ".join(f"{name} {metrics[name]:.2f}" for name in second)
-    )
-    if metrics["classes_without_positives"]:
-        click.echo(
-            f"{metrics['classes_without_positives']} classes have no positive here: they count 0 "
-            "in mAP and are left out of mAP_asl and mAP_voc"
-        )
-
-
-def print_report(report: Any) -> None:
-    """Print a table of runs and its footnote."""
-    from mlc.report.console import print_table
-    from mlc.report.table import footnote, to_records
-
-    print_table(to_records(report))
-    click.echo(footnote(report))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
