@@ -97,6 +97,8 @@ def _read_recipe(command: str, name: str) -> dict[str, Any]:
         values = _read_yaml(str(path), path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise MlcError(f"{path}: not text in UTF-8 ({error})") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise MlcError(f"{path}: expected key: value lines, got {type(values).__name__}")
     return values
@@ -113,7 +115,9 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     """Set ``a.b`` in nested dictionaries."""
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
             raise MlcError(f"--set: {key!r} goes below {parent!r}, which is not a section")
     values[last] = value

@@ -81,6 +81,8 @@ def _read_part(
     ids = sorted(names)
     row = {image_id: index for index, image_id in enumerate(ids)}
     column = {category["id"]: index for index, category in enumerate(categories)}
+    if len(column) != len(categories):
+        raise MlcError(f"{path}: a category id is there twice")
     labels = np.zeros((len(ids), len(categories)), dtype=np.bool_)
     for annotation in annotations:
         try:
@@ -99,6 +101,9 @@ def _parse(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
         content = json.loads(path.read_bytes())
         images, annotations = content["images"], content["annotations"]
         categories = content["categories"]
+        for entries in (images, annotations, categories):
+            if not isinstance(entries, list):
+                raise TypeError(f"a list, where {type(entries).__name__} is,")
         for entries, keys in (
             (images, ("id", "file_name")),
             (annotations, ("image_id", "category_id")),

@@ -59,7 +59,7 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise MlcError(f"{path}: no such file; --data takes the name of a data set or a CSV")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, skipinitialspace=True)
             reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
             for column in ("file", "labels"):
                 if column not in columns:

@@ -16,7 +16,7 @@ from mlc.datasets.images import ImageSet
 
 SIZE_PX = 224
 CELL_PX = SIZE_PX // 2  # a digit lies somewhere in its quarter of the canvas
-GLYPH_PX = (56, 104)  # least and largest side of a digit
+GLYPH_PX = (56, 104)  # least side of a digit, and one more than the largest
 IMAGES = {"train": 1200, "val": 300, "test": 500}
 TEST_GLYPHS = 600  # the last of load_digits, of other writers than the first
 SEED = 0

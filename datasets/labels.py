@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError, nearest
 
 SPLITS = ("train", "val", "test")
+DAMAGED = (EOFError, RuntimeError, BadZipFile, zlib.error)  # what a broken .npz raises
 
 
 @dataclass(frozen=True)
@@ -161,5 +162,5 @@ def load_labels(path: Path) -> LabelTable:
         raise MlcError(
             f"{path}: no label table there; mlc data prepare --out {path} makes one"
         ) from None
-    except (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except (*DAMAGED, ValueError, TypeError, KeyError, OSError) as error:
         raise MlcError(f"{path}: not a label table ({error})") from None

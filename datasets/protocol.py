@@ -80,7 +80,7 @@ def assign_splits(table: LabelTable, seed: int) -> LabelTable:
         if name not in split:
             raise MlcError(
                 f"labels: no image is in split {name!r}, of {len(table)} images; "
-                "add some, or leave the split column out"
+                "mark some in the split column, or add images"
             )
     return replace(table, split=split)
 

@@ -28,6 +28,8 @@ def evaluate_on_store(
     """
     own = run.config.model_dump(include=set(LabelsConfig.model_fields))
     asked = config.model_dump(exclude_defaults=True)
+    if "labels_file" in asked:  # in the place of whatever the run's labels were from
+        own = {name: own[name] for name in ("features", "classes")}
     config = LabelsConfig(**(own | asked))
     features = read_features(config.features)
     trained_on = run.results["features"]["key"]

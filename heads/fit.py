@@ -15,7 +15,7 @@ from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import apply_protocol
 from mlc.heads.inputs import Features, Split, join
 from mlc.heads.metrics import evaluate
-from mlc.heads.run_folder import Run, read_run, write_run
+from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import (
     TrainConfig,
     TrainedHead,
@@ -77,6 +77,7 @@ def fit(
     check_config(config)
     table, splits = prepared.table, prepared.splits
     path = config.out or run_path(config, features, prepared.source)
+    require_free(path)
     settled: dict[str, Any] = {
         "labels": default_labels(config, table),
         "features": features.path,
@@ -108,7 +109,8 @@ def run_path(
         folder: that holds the run folders.
     """
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
-    text = json.dumps([settings, dict(features.key), source], sort_keys=True)
+    rows = [dict(features.key), features.image_id.tolist()]
+    text = json.dumps([settings, rows, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
     return folder / name

@@ -57,6 +57,12 @@ class Run:
         return head.eval()
 
 
+def require_free(path: Path) -> None:
+    """Raise an MlcError if something that is no run folder is where a run is to be written."""
+    if path.exists() and not (path / RESULTS).is_file():
+        raise MlcError(f"{path}: is there and is not a run folder; name another with --out")
+
+
 def write_run(
     path: Path,
     config: TrainConfig,
@@ -68,10 +74,9 @@ def write_run(
     """Write a run folder aside and rename it; one that is there is replaced.
 
     Raises:
-        MlcError: something else is at the path.
+        MlcError: see ``require_free``.
     """
-    if path.exists() and not (path / RESULTS).is_file():
-        raise MlcError(f"{path}: is there and is not a run folder; name another with --out")
+    require_free(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -20,6 +20,7 @@ from mlc.report.bootstrap import resample_weights, resampled_map
 SEEDS = frozenset({"seed", "order_seed", "corruption_seed"})
 PLACES = frozenset({"out", "device", "features", "root"})
 FOLLOWS_LOSS = frozenset({"knobs", "labels"})
+KEY = "features."  # before the fields of the features' key
 TUNED = ("lr", "batch_size")  # chosen for each row by validation, as the papers' grids are
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
 
@@ -148,7 +149,8 @@ def to_markdown(report: Report) -> str:
     records = to_records(report)
     columns = list(records[0])
     lines = [columns, ["---"] * len(columns), *([each[c] for c in columns] for each in records)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def to_csv(report: Report) -> str:
@@ -200,13 +202,15 @@ def _settings(run: Run, without: frozenset[str]) -> dict[str, str]:
     config = run.config.model_dump(mode="json", exclude=set(without | PLACES))
     features = run.results["features"]
     config["features"] = f"{features['backbone']} {features['key']['size_px']} px"
-    config["key"] = features["key"]
+    config |= {f"{KEY}{field}": value for field, value in features["key"].items()}
     return {name: json.dumps(value) for name, value in config.items()}
 
 
 def _group(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs over seeds; the same head in two folders is one."""
+    different = {json.dumps(_settings(run, frozenset())): run for run in runs}
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in different.values():
         groups.setdefault(json.dumps(_settings(run, SEEDS)), []).append(run)
     return list(groups.values())
 
@@ -274,9 +278,10 @@ def _names(groups: list[list[Run]]) -> list[dict[str, str]]:
 
 
 def _varies(name: str, settings: list[dict[str, str]]) -> bool:
-    """Whether a setting differs, of its own: knobs and labels differ because the loss does."""
+    """Whether a setting differs of its own, not because the loss or the backbone does."""
     values: dict[str, set[str]] = {}
     for each in settings:
-        group = each["loss"] if name in FOLLOWS_LOSS else each["features"] * (name == "key")
+        group = each["loss"] if name in FOLLOWS_LOSS else ""
+        group += each["features"] if name.startswith(KEY) else ""
         values.setdefault(group, set()).add(each[name])
     return any(len(each) > 1 for each in values.values())

@@ -57,6 +57,10 @@ class Backend(Protocol):
         """Return the shape of an array."""
         ...
 
+    def lost_chunks(self, name: str) -> int:
+        """Return how many chunks of an array that is written whole are not there any more."""
+        ...
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return the rows from ``start`` to before ``stop``."""
         ...

@@ -66,9 +66,18 @@ class FeatureStore:
         Args:
             layer: by default the first.
             view: by default the first.
+
+        Raises:
+            MlcError: a part of the store is lost.
         """
-        index = self.key["views"].index(view) if view else 0
-        values = self._backend.read(schema.pooled(layer or self.layers[0]))[:, index]
+        name = schema.pooled(layer or self.layers[0])
+        lost = self._backend.lost_chunks(name) if self.complete else 0
+        if lost:
+            raise MlcError(
+                f"{self.path}: damaged, {lost} chunks of {name} are lost; extract it again to "
+                "another --out"
+            )
+        values = self._backend.read(name)[:, self.key["views"].index(view) if view else 0]
         return np.ascontiguousarray(values, dtype=np.float32)
 
     def shape(self, layer: str) -> tuple[int, ...]:

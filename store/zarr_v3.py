@@ -68,7 +68,6 @@ class ZarrBackend:
             chunks=(min(chunk_rows, shape[0]), *shape[1:]),
             compressors=None,
             fill_value=0,
-            config={"write_empty_chunks": True},  # so that an absent chunk is a lost one
         )
 
     def create_text(self, name: str, rows: int, max_bytes: int, chunk_rows: int) -> None:
@@ -78,6 +77,11 @@ class ZarrBackend:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an array."""
         return tuple(self._array(name).shape)
+
+    def lost_chunks(self, name: str) -> int:
+        """Return how many chunks of an array are not there."""
+        array = self._array(name)
+        return array.nchunks - array.nchunks_initialized
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
@@ -99,5 +103,6 @@ class ZarrBackend:
             array = self._group.get(name)
             if not isinstance(array, zarr.Array):
                 raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
-            self._arrays[name] = array
+            # A chunk of zeros is written too, so that an absent one is a lost one.
+            self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]

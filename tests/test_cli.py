@@ -116,6 +116,21 @@ def test_evaluate_takes_any_store_of_the_backbone(here) -> None:
     assert json.loads(Path("other.json").read_text())["mAP"] == results["test"]["mAP"]
 
 
+def test_evaluate_takes_other_labels_whatever_the_run_was_trained_with(here) -> None:
+    main_ok("train-head", "--data", "coco", "--epochs", "1", "--out", "other-runs/read")
+    main_ok("data", "prepare", "--out", "full.npz")
+    main_ok("evaluate", "other-runs/read", "--labels-file", "full.npz", "--json", "full.json")
+    results = json.loads((here / "other-runs/read/results.json").read_text())
+    assert json.loads(Path("full.json").read_text())["mAP"] == results["test"]["mAP"]
+
+
+def test_a_head_is_refused_its_place_before_it_is_trained(here, capsys) -> None:
+    mistake(capsys, "train-head", "--out", "data")
+    with pytest.raises(SystemExit):
+        main_ok("train-head", "--out", "data")
+    assert "epochs" not in capsys.readouterr().err
+
+
 def test_predict_writes_a_line_for_each_good_image(here, capsys) -> None:
     folder = here / "photos" / "holiday"
     folder.mkdir(parents=True)
@@ -226,6 +241,7 @@ def test_a_mistake_in_the_data(here, tmp_path, capsys) -> None:
         (("train-head", "--features", "no.zarr"), r"no such store"),
         (("train-head", "--lr", "-1"), r"lr: should be a positive number, got -1"),
         (("train-head", "--device", "cuda:99"), r"device: 'cuda:99' is not to be had here"),
+        (("train-head", "--out", "data"), r"data: is there and is not a run folder"),
         (("sweep", "--losses", "an,rolle"), r"unknown loss 'rolle'; did you mean 'role'"),
         (("sweep", "--lr", "1e-2,fast"), r"--lr: expected floats with commas between"),
         (("evaluate", "runs"), r"runs: not a run folder"),

@@ -55,6 +55,11 @@ def test_quoted_fields_may_hold_commas_and_line_breaks(tmp_path: Path) -> None:
     assert positives(images) == {"a, b.jpg": {"cat", "dog, brown"}, "c\nd.jpg": {"cat"}}
 
 
+def test_a_space_before_a_quote_does_not_undo_it(tmp_path: Path) -> None:
+    images = read(tmp_path, 'file, labels\n1.jpg, "cat;dog"\n2.jpg, "dog, brown"\n')
+    assert positives(images) == {"1.jpg": {"cat", "dog"}, "2.jpg": {"dog, brown"}}
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", [True, False])
 def test_a_spreadsheets_mark_and_line_ends_are_read(tmp_path: Path, end: str, last: bool) -> None:

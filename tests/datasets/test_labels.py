@@ -167,6 +167,14 @@ def overwrite(path: Path, table: LabelTable) -> None:
     path.write_bytes(content)
 
 
+def break_the_directory(path: Path, table: LabelTable) -> None:
+    """Set the compression method in the zip's directory to one that there is not."""
+    save_labels(table, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] = 99
+    path.write_bytes(content)
+
+
 def bare_array(path: Path, _: LabelTable) -> None:
     with path.open("wb") as handle:
         np.save(handle, np.arange(3))
@@ -180,6 +188,7 @@ NOT_TABLES = {
     "other arrays": lambda path, table: np.savez(path, image_id=np.array(["1"])),
     "cut short": cut_short,
     "damaged inside": overwrite,
+    "damaged directory": break_the_directory,
 }
 
 

@@ -218,7 +218,7 @@ def test_labels_that_need_the_truth_are_refused_without_it(labels) -> None:
     ],
 )
 def test_an_empty_split_is_refused(split: list[str], missing: str) -> None:
-    wanted = rf"no image is in split '{missing}', of {len(split)} images; add some"
+    wanted = rf"no image is in split '{missing}', of {len(split)} images; mark some"
     with pytest.raises(MlcError, match=wanted):
         assign_splits(random_table(split), 1200)
 

@@ -14,7 +14,7 @@ from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels
 from mlc.heads.inputs import Split
 from mlc.heads.linear import LinearHead
-from mlc.heads.losses import LOSSES
+from mlc.heads.losses import LOSSES, loss_value
 from mlc.heads.metrics import mean_ap
 from mlc.heads.train import (
     TrainConfig,
@@ -123,6 +123,21 @@ def test_history_has_a_line_for_each_epoch_and_progress_hears_of_it(splits: dict
     assert heard == [(1, 3), (2, 3), (3, 3)]
     losses = [line["loss"] for line in trained.history]
     assert 0 < losses[-1] < losses[0] < 2
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_batches(splits: dict[str, Split]) -> None:
+    method, rows = LOSSES["an"], torch.arange(60).view(4, 15)
+    head, train_split = LinearHead(6, 4, torch.Generator()), splits["train"]
+    still = torch.optim.SGD(head.parameters(), lr=0.0)
+    loss = run_epoch(method, head, None, still, train_split, rows, {})
+    losses = [
+        loss_value(
+            method, head(train_split.features[each]), train_split.observed[each], knobs={}
+        ).item()
+        for each in rows
+    ]
+    assert len(set(losses)) == 4
+    assert loss == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ TRUE = np.array(
     dtype=bool,
 )
 OBSERVED = np.array(
-    [[1, 0, 0], [1, -1, -1], [0, 0, 0], [0, 1, 0], [0, 1, 0], [1, -1, 0]], dtype=np.int8
+    [[1, 0, 0], [1, -1, -1], [0, 0, 0], [0, 1, 0], [0, 0, 0], [1, -1, 0]], dtype=np.int8
 )
 
 
@@ -37,6 +37,7 @@ def test_a_record_for_each_split_counts_images_and_positives(table: LabelTable) 
         "without a positive": "1",
     }
     assert (val["split"], val["images"], val["positives per image"]) == ("val", "1", "1.00")
+    assert val["without a positive"] == "0"  # none of its positives is observed
     assert (test["split"], test["most"], test["observed negatives"]) == ("test", "2", "1.00")
 
 

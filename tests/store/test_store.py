@@ -516,6 +516,19 @@ def test_a_store_without_one_of_its_arrays_is_damaged(path: Path, name: str) -> 
         FeatureStore(path)
 
 
+def test_a_lost_chunk_is_damage_and_not_zeros(tmp_path: Path) -> None:
+    path = fill(tmp_path / "a.zarr", content())
+    chunks = (path / "pre_logits" / "pooled" / "c").rglob("*")
+    next(chunk for chunk in chunks if chunk.is_file()).unlink()
+    with FeatureStore(path) as store, pytest.raises(MlcError, match="damaged, 1 chunks of"):
+        store.pooled()
+
+
+def test_a_shard_of_bad_images_is_not_taken_for_lost(path: Path) -> None:
+    what = content(reasons=dict.fromkeys(range(3, 6), "broken"))
+    assert_holds(fill(path, what), what)
+
+
 def test_a_missing_store_is_said_to_be_missing(path: Path) -> None:
     with pytest.raises(MlcError, match="no such store"):
         FeatureStore(path)
