@@ -223,7 +223,8 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @DATA
 @click.option("--features", type=PATH, help="A store; default the one it was trained on.")
 @click.option("--labels-file", type=PATH, help="A label table; default the one of the training.")
-@click.option("--split", default="test", help="train, val or test; default test.")
+@click.option("--unlisted", help="CSV: what a class is that a row does not list.")
+@click.option("--split", default="test", help="train, val, test or all; default test.")
 @WEIGHTS
 @DEVICE
 @click.option("--json", "json_file", type=PATH, help="Write all metrics to this file.")
@@ -236,6 +237,7 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """Evaluate a run on a store or, with --data, on images through its backbone."""
+    from mlc.configs.files import written_aside
     from mlc.heads.run_folder import read_run
     from mlc.models.evaluate import evaluate_run
     from mlc.report.console import progress_bar
@@ -248,7 +250,8 @@ def evaluate(
     print_bad(bad)
     print_metrics(metrics, split)
     if json_file is not None:
-        json_file.write_text(json.dumps(metrics, indent=1) + "\n")
+        with written_aside(json_file) as partial_file:
+            partial_file.write_text(json.dumps(metrics, indent=1) + "\n")
         click.echo(f"all metrics: {json_file}")
 
 
@@ -283,14 +286,16 @@ def predict(
 @cli.command()
 @click.argument("runs", type=PATH, nargs=-1)
 @click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
-@click.option("--resamples", type=int, default=1000, help="Of the bootstrap; default 1000.")
+@click.option("--resamples", type=click.IntRange(1), default=1000, help="Default 1000.")
 @click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")
 def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Path | None) -> None:
     """Compare runs: mean and deviation over seeds, paired intervals over images."""
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_report
-    from mlc.report.table import find_runs, make_report, write_table
+    from mlc.report.table import check_table_path, find_runs, make_report, write_table
 
+    if out is not None:
+        check_table_path(out)
     found = find_runs(runs or (Path("runs"),))
     with progress_bar("bootstrap", "heads") as progress:
         table = make_report(
@@ -309,6 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (MlcError, click.ClickException) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"error: {message}", err=True)
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder without permission: the user's to mend
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}; what is finished is kept", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort) as error:
         # click puts an Abort in the place of the interrupt, whose message says what is kept.

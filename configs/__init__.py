@@ -69,8 +69,12 @@ def load(
         _assign(values, key.strip(), _read_yaml("--set", text))
     values |= {key: value for key, value in (flags or {}).items() if value is not None}
     try:
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError) as error:
+        raise MlcError(f"{name or command}: not plain keys and values ({error})") from None
+    try:
         # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
-        return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+        return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
         problems = "; ".join(_problem(cls, each) for each in error.errors())
         raise MlcError(f"{name or command}: {problems}") from None

@@ -16,6 +16,8 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
+        if chosen.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise MlcError(f"device: {device!r} is not to be had here ({reason})") from None

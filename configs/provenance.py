@@ -1,8 +1,10 @@
 """What a store or a run was made by: recorded in it, never compared."""
 
 import platform
+import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ LIBRARIES = ("torch", "timm", "numpy", "pillow", "h5py", "zarr")
 
 
 def made_by() -> dict[str, Any]:
-    """Return versions, mlc's git commit (None outside a checkout) and the command line."""
+    """Return versions, mlc's git commit (None outside a checkout), command line and time."""
     return {
         "mlc": mlc.__version__,
         "commit": _commit(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
+        "created": time.time(),
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
     }

@@ -42,6 +42,9 @@ def read_coco(root: Path, keep_unlabelled: bool = False) -> ImageSet:
     parts = [_read_part(root, name) for name in PARTS]
     if parts[0][1] != parts[1][1]:
         raise MlcError(f"{root}: instances_train2014 and instances_val2014 have other categories")
+    both = np.intersect1d(parts[0][0], parts[1][0])
+    if len(both):
+        raise MlcError(f"{root}: image id {str(both[0])!r} is there twice, in train and val")
     image_id = np.concatenate([ids for ids, *_ in parts])
     file = np.concatenate([files for *_, files, _ in parts])
     true = np.concatenate([labels for *_, labels in parts])
@@ -76,8 +79,8 @@ def _read_part(
     names = {str(image["id"]): f"{part}/{image['file_name']}" for image in images}
     if len(names) != len(images):
         raise MlcError(f"{path}: image id {_first_repeat(images)} is there twice")
-    if not names:
-        raise MlcError(f"{path}: lists no images")
+    if not names or not annotations:
+        raise MlcError(f"{path}: lists no {'annotations' if names else 'images'}")
     ids = sorted(names)
     row = {image_id: index for index, image_id in enumerate(ids)}
     column = {category["id"]: index for index, category in enumerate(categories)}

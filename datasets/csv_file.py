@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from posixpath import normpath
 from typing import Literal
 
 import numpy as np
@@ -64,6 +65,8 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
             for column in ("file", "labels"):
                 if column not in columns:
                     raise MlcError(f"{path}: no column {column!r}, got {', '.join(columns)!r}")
+            if len(set(columns)) != len(columns):
+                raise MlcError(f"{path}: a column is there twice, got {', '.join(columns)!r}")
             rows = [_strip(path, reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise MlcError(f"{path}: not a CSV in UTF-8 ({error})") from None
@@ -80,7 +83,10 @@ def _strip(path: Path, line: int, row: dict[str, str]) -> dict[str, str]:
             f"{[value for value in row.values() if value]}; several labels are joined by "
             f"{SEPARATOR!r}"
         )
-    return {name: value.strip() for name, value in row.items()} | {LINE: str(line)}
+    fields = {name: value.strip() for name, value in row.items()} | {LINE: str(line)}
+    if fields["file"]:  # "./a.jpg" and "a.jpg" are the same photo
+        fields["file"] = normpath(fields["file"])
+    return fields
 
 
 def _check_rows(path: Path, rows: list[dict[str, str]]) -> None:

@@ -4,6 +4,7 @@ The glyphs are scikit-learn's ``load_digits``, 1,797 digits of 43 writers. Those
 validation images never appear on test images.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mlc.configs.errors import MlcError
 from mlc.datasets.csv_file import SEPARATOR, read_csv
 from mlc.datasets.images import ImageSet
 
@@ -60,20 +62,24 @@ def draw(
 
 
 def _draw_all(root: Path) -> None:
-    """Draw all images; the table is written last and renamed, so it stands for all of them."""
+    """Draw all images into a folder aside and rename it, so that it is whole or absent."""
     from sklearn.datasets import load_digits  # slow to import, and needed once
 
+    root = root.absolute()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise MlcError(f"{root}: is there and has no {TABLE}; name an empty folder with --root")
+    aside = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
     bunch = load_digits()
     generator = np.random.default_rng(SEED)
     lines = ["file,labels,split"]
     for split, count in IMAGES.items():
         pool = slice(-TEST_GLYPHS, None) if split == "test" else slice(None, -TEST_GLYPHS)
-        (root / split).mkdir(parents=True, exist_ok=True)
+        (aside / split).mkdir(parents=True)
         for index in range(count):
             name = f"{split}/{index:04d}.png"
             image, labels = draw(bunch.images[pool], bunch.target[pool], generator)
-            image.save(root / name)
+            image.save(aside / name)
             lines.append(f"{name},{SEPARATOR.join(map(str, labels))},{split}")
-    partial = root / f"{TABLE}.partial"
-    partial.write_text("\n".join(lines) + "\n")
-    partial.replace(root / TABLE)
+    (aside / TABLE).write_text("\n".join(lines) + "\n")
+    aside.rename(root)

@@ -30,7 +30,7 @@ class ImageSet:
 
     def check_files(self) -> None:
         """Raise an MlcError if not one of the images is there: the root is wrong or empty."""
-        if not any((self.root / str(name)).is_file() for name in self.file):
+        if not any(_is_file(self.root / str(name)) for name in self.file):
             raise MlcError(
                 f"{self.root}: not one of the {len(self.file):,} listed images is there, "
                 f"the first is {str(self.file[0])!r}; pass the images' folder as --root"
@@ -45,7 +45,16 @@ def find_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise MlcError(f"{folder}: no such folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and _is_file(path)
+    )
     if not found:
         raise MlcError(f"{folder}: no images there; looked for {' '.join(sorted(SUFFIXES))}")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError, nearest
+from mlc.configs.files import written_aside
 
 SPLITS = ("train", "val", "test")
 DAMAGED = (EOFError, RuntimeError, BadZipFile, zlib.error)  # what a broken .npz raises
@@ -90,8 +91,10 @@ def select_classes(table: LabelTable, names: Sequence[str]) -> LabelTable:
     The constant ``expected_positives`` belongs to all classes together and is dropped.
 
     Raises:
-        MlcError: a name is not a class of the table, or is named twice.
+        MlcError: no name is given, or one is not a class of the table, or is named twice.
     """
+    if not names:
+        raise MlcError("classes: is empty; name at least one")
     columns = class_columns(table.classes, names)
     return replace(
         table,
@@ -99,6 +102,20 @@ def select_classes(table: LabelTable, names: Sequence[str]) -> LabelTable:
         observed=table.observed[:, columns],
         true=None if table.true is None else table.true[:, columns],
         expected_positives=None,
+    )
+
+
+def add_classes(table: LabelTable, names: Sequence[str]) -> LabelTable:
+    """Return the table with a column for each name that is no class of it, without positives."""
+    new = tuple(name for name in names if name not in table.classes)
+    shape = (len(table), len(new))
+    unlisted = np.full(shape, 0 if table.true is None else -1, dtype=np.int8)
+    absent = np.zeros(shape, dtype=np.bool_)
+    return replace(
+        table,
+        classes=table.classes + new,
+        observed=np.hstack([table.observed, unlisted]),
+        true=None if table.true is None else np.hstack([table.true, absent]),
     )
 
 
@@ -131,11 +148,8 @@ def save_labels(table: LabelTable, path: Path) -> None:
         arrays["true"] = table.true
     if table.expected_positives is not None:
         arrays["expected_positives"] = np.float64(table.expected_positives)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as handle:
+    with written_aside(path) as partial, partial.open("wb") as handle:
         np.savez_compressed(handle, **arrays)
-    partial.replace(path)
 
 
 def load_labels(path: Path) -> LabelTable:

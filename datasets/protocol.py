@@ -60,11 +60,14 @@ def check_seed(name: str, seed: int) -> None:
         raise MlcError(f"{name}: should be from 0 to 2**32 - 1, got {seed}")
 
 
-def assign_splits(table: LabelTable, seed: int) -> LabelTable:
+def assign_splits(table: LabelTable, seed: int, needed: tuple[str, ...] = SPLITS) -> LabelTable:
     """Return the table with every row in train, val or test.
 
     Rows without a split are cut 70/10/20; a table without validation rows gives 20 % of its
     training rows (the MLSPL protocol); a table that has both is left alone.
+
+    Raises:
+        MlcError: one of the splits that are needed would be empty.
     """
     split = table.split.astype("<U5")
     unassigned = np.flatnonzero(split == "")
@@ -76,7 +79,7 @@ def assign_splits(table: LabelTable, seed: int) -> LabelTable:
     elif "val" not in split:
         official = np.flatnonzero(split == "train")
         split[official[validation_rows(len(official), seed)]] = "val"
-    for name in SPLITS:
+    for name in needed:
         if name not in split:
             raise MlcError(
                 f"labels: no image is in split {name!r}, of {len(table)} images; "

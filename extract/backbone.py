@@ -1,6 +1,7 @@
 """Backbone: a frozen timm model, what it wants its input to be, and where its weights are from."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from mlc.configs import Config
 from mlc.configs.device import choose_device
-from mlc.configs.errors import MlcError, nearest
+from mlc.configs.errors import MlcError, choose, nearest
 from mlc.extract.images import INTERPOLATIONS
 from mlc.extract.memory import keep_freed_memory
 from mlc.extract.weights import hash_weights, load_weights
@@ -121,13 +122,30 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
     size_px = config.size_px or int(cfg["input_size"][-1])
     model.reset_classifier(0)
     model = _resize_input(model, name, size_px, int(cfg["input_size"][-1]))
+    key = _feature_key(model, config, cfg, size_px, device, dtype)
+    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return Backbone(
+        name=_describe(name, config),
+        module=model,
+        width=_width(model, name, size_px, device),
+        licence=config.weights_licence or licence,
+        device=device,
+        key=key,
+    )
+
+
+def _feature_key(
+    model: Any,
+    config: BackboneConfig,
+    cfg: Mapping[str, Any],
+    size_px: int,
+    device: torch.device,
+    dtype: str,
+) -> FeatureKey:
     interpolation = config.interpolation or str(cfg["interpolation"])
-    if interpolation not in INTERPOLATIONS:
-        raise MlcError(
-            f"interpolation: unknown {interpolation!r}; {nearest(interpolation, INTERPOLATIONS)}"
-        )
-    key = FeatureKey(
-        backbone=str(model.pretrained_cfg.get("architecture") or name),
+    choose(INTERPOLATIONS, interpolation, "interpolation")
+    return FeatureKey(
+        backbone=str(model.pretrained_cfg.get("architecture") or config.backbone),
         weights=hash_weights(model),
         layers=(LAYER,),
         size_px=size_px,
@@ -139,15 +157,6 @@ def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
         precision=resolve_precision(config.precision, device),
         views=("orig",),
         dtype=dtype,
-    )
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Backbone(
-        name=_describe(name, config),
-        module=model,
-        width=_width(model, name, size_px, device),
-        licence=config.weights_licence or licence,
-        device=device,
-        key=key,
     )
 
 

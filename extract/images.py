@@ -48,9 +48,10 @@ def load_image(path: Path, interpolation: str, pixels: NDArray[np.uint8]) -> Loa
     start = time.perf_counter()
     try:
         data = path.read_bytes()
-    except OSError as error:
-        return LoadedImage("", error.strerror or str(error), time.perf_counter() - start, 0.0)
-    content_hash = hashlib.blake2b(data, digest_size=HASH_CHARS // 2).hexdigest()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        return LoadedImage("", reason, time.perf_counter() - start, 0.0)
+    content_hash = hash_content(data)
     read = time.perf_counter()
     reason = ""
     try:
@@ -60,6 +61,11 @@ def load_image(path: Path, interpolation: str, pixels: NDArray[np.uint8]) -> Loa
     except Exception as error:  # a broken file makes decoders raise anything at all
         reason = _reason(data, error)
     return LoadedImage(content_hash, reason, read - start, time.perf_counter() - read)
+
+
+def hash_content(data: bytes) -> str:
+    """Return BLAKE2b of a file's bytes, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=HASH_CHARS // 2).hexdigest()
 
 
 def decode_image(data: bytes, *, size_px: int, interpolation: str) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import save_labels
 from mlc.datasets.source import DataConfig, read_images
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.images import load_image
+from mlc.extract.images import hash_content, load_image
 from mlc.extract.stream import FeatureBatch, stream_features
 from mlc.store import schema
 from mlc.store.lock import writer_lock
@@ -100,6 +100,7 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
     with writer_lock(path):
         writer = StoreWriter.create_or_resume(path, _layout(config, images, backbone))
         try:
+            _require_same_photos(writer, path, images)
             save_labels(images.labels, labels_path(path))
             _fill(writer, config, images, backbone, report, progress)
             writer.finish()
@@ -177,6 +178,30 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
         shard_rows=config.shard_rows,
         made_by=recorded,
     )
+
+
+def _require_same_photos(writer: StoreWriter, path: Path, images: ImageSet) -> None:
+    """Refuse to take stored features for those of another photo of the same name.
+
+    Files that are newer than the store are compared with it by content hash; all of them, if the
+    store was made from another folder.
+    """
+    moved = writer.made_by["root"] != str(images.root.resolve())
+    created, stored = writer.made_by["created"], writer.content_hash()
+    for row in np.flatnonzero(writer.status == schema.OK).tolist():
+        file = images.root / str(images.file[row])
+        try:
+            if moved or file.stat().st_mtime >= created:
+                same = hash_content(file.read_bytes()) == stored[row]
+            else:
+                same = True
+        except OSError:
+            continue  # it is gone: its features are kept
+        if not same:
+            raise MlcError(
+                f"{path}: holds features of another photo than {file}, by its content; "
+                "name another store with --out"
+            )
 
 
 def _fill(

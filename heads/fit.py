@@ -13,6 +13,7 @@ from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import apply_protocol
+from mlc.datasets.source import DATASETS
 from mlc.heads.inputs import Features, Split, join
 from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
@@ -80,7 +81,9 @@ def fit(
     require_free(path)
     settled: dict[str, Any] = {
         "labels": default_labels(config, table),
-        "features": features.path,
+        **{name: _absolute(getattr(config, name)) for name in ("root", "labels_file")},
+        "data": _absolute_csv(config.data),
+        "features": features.path.resolve(),
         "knobs": settle_knobs(config, table),
         "out": path,
     }
@@ -92,7 +95,7 @@ def fit(
         trained.state,
         trained.history,
         _scores(splits["test"], trained),
-        _results(resolved, features, table, splits, trained),
+        _results(resolved, features, prepared, trained),
     )
     return read_run(path)
 
@@ -109,8 +112,7 @@ def run_path(
         folder: that holds the run folders.
     """
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
-    rows = [dict(features.key), features.image_id.tolist()]
-    text = json.dumps([settings, rows, source], sort_keys=True)
+    text = json.dumps([settings, dict(features.key), features.digest, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
     return folder / name
@@ -128,10 +130,10 @@ def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]
 def _results(
     config: TrainConfig,
     features: Features,
-    table: LabelTable,
-    splits: dict[str, Split],
+    prepared: Prepared,
     trained: TrainedHead,
 ) -> dict[str, Any]:
+    table, splits, source = prepared.table, prepared.splits, prepared.source
     metrics = {
         name: evaluate(
             probabilities(trained.logits[name]), splits[name].true, table.classes, config.threshold
@@ -140,12 +142,15 @@ def _results(
     }
     return {
         "best_epoch": trained.best_epoch,
+        "selection_mAP": trained.history[trained.best_epoch - 1]["val_mAP"],
         **metrics,
         "train_images": len(splits["train"].image_id),
         "truth_known": table.true is not None,
         "classes": list(table.classes),
+        "labels_digest": source,
         "features": {
-            "store": str(features.path),
+            "store": str(features.path.resolve()),
+            "digest": features.digest,
             "key": dict(features.key),
             "backbone": features.made_by["backbone"],
             "weights_licence": features.made_by["weights_licence"],
@@ -153,3 +158,12 @@ def _results(
         },
         "made_by": made_by(),
     }
+
+
+def _absolute(path: Path | None) -> Path | None:
+    """Return a path that a run can be used with from any folder."""
+    return None if path is None else path.resolve()
+
+
+def _absolute_csv(data: str | None) -> str | None:
+    return data if data is None or data in DATASETS else str(Path(data).resolve())

@@ -1,5 +1,6 @@
 """Inputs of training: stored features joined by image id with labels, cut into splits."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Features:
         values: (M, D) float32.
         key: the store's key.
         made_by: what the store recorded.
+        digest: hash of the ids and contents of the images.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Features:
     values: NDArray[np.float32]
     key: Mapping[str, Any]
     made_by: Mapping[str, Any]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ def read_features(path: Path | None) -> Features:
     """
     with FeatureStore(find_store(path)) as store:
         good = store.status == schema.OK
+        photos = "\n".join([*store.image_id[good].tolist(), *store.content_hash()[good].tolist()])
         return Features(
             path=store.path,
             image_id=store.image_id[good],
             values=store.pooled()[good],
             key=store.key,
             made_by=store.made_by,
+            digest=hashlib.sha256(photos.encode(errors="surrogateescape")).hexdigest(),
         )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mlc.configs import dump, load
@@ -21,6 +21,9 @@ from mlc.heads.train import TrainConfig
 
 CONFIG, HEAD, METRICS = "config.yaml", "head.safetensors", "metrics.jsonl"
 SCORES, RESULTS = "scores.npz", "results.json"
+FILES = {CONFIG, HEAD, METRICS, SCORES, RESULTS}
+SCORE_ARRAYS = ("image_id", "logits", "true", "observed")
+NEEDED = {"classes", "features", "val", "test", "selection_mAP"}  # of results.json
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,30 @@ class Run:
 
     def scores(self) -> dict[str, NDArray[Any]]:
         """Return ``image_id``, ``logits``, ``true`` and ``observed`` of the test split."""
-        with np.load(self.path / SCORES, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(self.path / SCORES, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in SCORE_ARRAYS}
+        except Exception as error:  # numpy, zipfile and zlib share no base for a broken file
+            raise _damaged(self.path, SCORES, error) from None
 
     def head(self) -> nn.Module:
         """Return the trained head on the CPU."""
-        state = safetensors.torch.load_file(self.path / HEAD)
-        classes, width = state["weight"].shape
         make = choose(HEADS, self.config.head, "head")
-        head = make(width, classes, torch.Generator())
-        head.load_state_dict(state)
+        try:
+            state = safetensors.torch.load_file(self.path / HEAD)
+            classes, width = state["weight"].shape
+            head = make(width, classes, torch.Generator())
+            head.load_state_dict(state)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise _damaged(self.path, HEAD, error) from None
         return head.eval()
 
 
 def require_free(path: Path) -> None:
     """Raise an MlcError if something that is no run folder is where a run is to be written."""
-    if path.exists() and not (path / RESULTS).is_file():
+    if not path.exists():
+        return
+    if not path.is_dir() or {each.name for each in path.iterdir()} != FILES:
         raise MlcError(f"{path}: is there and is not a run folder; name another with --out")
 
 
@@ -77,8 +88,10 @@ def write_run(
         MlcError: see ``require_free``.
     """
     require_free(path)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    path = path.absolute()
+    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / CONFIG).write_text(dump(config))
     # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
@@ -89,8 +102,9 @@ def write_run(
     np.savez_compressed(partial / SCORES, allow_pickle=False, **dict(scores))
     (partial / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)
     partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_run(path: Path) -> Run:
@@ -99,10 +113,20 @@ def read_run(path: Path) -> Run:
     Raises:
         MlcError: it is not there, or not whole.
     """
+    missing = sorted(name for name in FILES if not (path / name).is_file())
+    if RESULTS in missing:
+        raise MlcError(f"{path}: not a run folder; mlc train-head makes one")
+    if missing:
+        raise _damaged(path, ", ".join(missing), "missing")
     try:
         results = json.loads((path / RESULTS).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise MlcError(f"{path}: not a run folder; mlc train-head makes one") from None
     except ValueError as error:
-        raise MlcError(f"{path}: a damaged run folder ({error}); train it again") from None
+        raise _damaged(path, RESULTS, error) from None
+    if not isinstance(results, dict) or not results.keys() >= NEEDED:
+        raise _damaged(path, RESULTS, f"expected at least {', '.join(sorted(NEEDED))}")
     return Run(path, load(TrainConfig, "train-head", str(path / CONFIG)), results)
+
+
+def _damaged(path: Path, name: str, error: object) -> MlcError:
+    reason = str(error).split("\n")[0]
+    return MlcError(f"{path}: a damaged run folder, {name}: {reason}; train it again")

@@ -81,9 +81,17 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         MlcError: a list is empty, a loss is unknown, or a knob belongs to none of the losses.
     """
     losses = tuple(LOSSES) if config.losses == ("all",) else config.losses
-    for name, values in (("losses", losses), *((each, getattr(config, each)) for each in LISTS)):
+    lists = {
+        "losses": losses,
+        "batch_size": config.batch_size,
+        "lr": config.lr,
+        "seeds": config.seeds,
+    }
+    for name, values in lists.items():
         if not values:
             raise MlcError(f"{name}: is empty; give at least one")
+        if len(set(values)) != len(values):
+            raise MlcError(f"{name}: has a value twice, got {values}")
     known = {loss: choose(LOSSES, loss, "loss").knobs() for loss in losses}
     for knob in config.knobs:
         if not any(knob in knobs for knobs in known.values()):
@@ -102,6 +110,3 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         }
         grid.append(TrainConfig(**(common | own)))
     return grid
-
-
-LISTS = ("lr", "batch_size", "seeds")

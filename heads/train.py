@@ -163,7 +163,7 @@ def train_head(
     targets = splits["val"].true if config.val_labels == "clean" else _observed(splits["val"])
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
-    best_map = -math.inf
+    best_epoch, best_map = 0, -math.inf
     for epoch in range(1, config.epochs + 1):
         batches = batches_of_epoch(len(train.image_id), config.batch_size, order)
         with one_thread():
@@ -171,13 +171,13 @@ def train_head(
         val_map = mean_ap(probabilities(score(head, splits["val"], config.loss)), targets)
         history.append({"epoch": epoch, "loss": loss, "val_mAP": val_map})
         if val_map > best_map:
-            best_map = val_map
+            best_epoch, best_map = epoch, val_map
             best = {name: value.detach().clone() for name, value in head.state_dict().items()}
         progress(epoch, config.epochs, f"val mAP {val_map:.2f}")
     head.load_state_dict(best)
     return TrainedHead(
         state={name: value.cpu() for name, value in best.items()},
-        best_epoch=1 + int(np.argmax([line["val_mAP"] for line in history])),
+        best_epoch=best_epoch,
         history=history,
         logits={name: score(head, splits[name], config.loss) for name in ("val", "test")},
     )

@@ -32,7 +32,7 @@ def evaluate_run(
     Args:
         run: the trained head.
         flags: fields of LabelsConfig; with ``data`` the images themselves are read.
-        split: "train", "val" or "test".
+        split: "train", "val", "test" or "all".
         weights: of the backbone, if its file moved.
         device: by default the GPU if there is one.
         progress: told while images are read.
@@ -40,11 +40,20 @@ def evaluate_run(
     Raises:
         MlcError: see ``evaluate_on_store``, ``load_whole`` and ``evaluate_on_images``.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
     choose_split(split)
-    if flags.get("data") is None:
-        config = load(LabelsConfig, "evaluate", flags=flags)
+    if "data" not in given:
+        if weights is not None:
+            raise MlcError("evaluate: --weights is for images; pass --data too")
+        config = load(LabelsConfig, "evaluate", flags=given)
         return evaluate_on_store(run, config, split, device or "auto"), {}
-    data = load(DataConfig, "evaluate", flags=flags)
+    for name in ("features", "labels_file"):
+        if name in given:
+            raise MlcError(
+                f"evaluate: got --data, which reads images, and --{name.replace('_', '-')}; "
+                "pass one of them"
+            )
+    data = load(DataConfig, "evaluate", flags=given)
     model = load_whole(run, weights, device or "auto")
     return evaluate_on_images(model, data, split, progress)
 
@@ -58,7 +67,7 @@ def evaluate_on_images(
         MlcError: the data set is not there or lacks a class of the run, or every image is bad.
     """
     images = read_images(config)
-    table = labels_of_run(model.run, images.labels).part(choose_split(split))
+    table = labels_of_run(model.run, images.labels, split).part(split)
     files = [images.root / str(name) for name in table.file]
     logits, bad = model.logits(files, progress)
     good = np.array([row not in bad for row in range(len(files))])

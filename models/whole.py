@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mlc.configs.errors import MlcError
+from mlc.configs.files import written_aside
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import find_images
 from mlc.datasets.labels import class_columns
@@ -106,22 +108,25 @@ def predict(
         How many lines were written, and the reason by file of each image that could not be read.
 
     Raises:
-        MlcError: no images there, or an unknown class.
+        MlcError: no images there, all of them bad, or an unknown class.
     """
     names = list(classes or model.run.classes)
     columns = class_columns(model.run.classes, names)
     files = find_images(folder)
     logits, bad = model.logits(files, progress)
     probs = probabilities(logits)[:, columns]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as handle:
+    if len(bad) == len(files):
+        raise MlcError(f"{folder}: none of the {len(files)} images can be read, {bad[0]}")
+    # File names need not be UTF-8: such bytes are written as they are.
+    with (
+        written_aside(out) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as handle,
+    ):
         writer = csv.writer(handle)
         writer.writerow(["file", *names])
         for row, file in enumerate(files):
             if row not in bad:
                 values = [f"{value:.6f}" for value in probs[row]]
                 writer.writerow([file.relative_to(folder).as_posix(), *values])
-    partial.replace(out)
     reasons = {files[row].relative_to(folder).as_posix(): why for row, why in bad.items()}
     return len(files) - len(bad), reasons

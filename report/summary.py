@@ -8,7 +8,7 @@ import click
 from mlc.extract.run import STAGES, ExtractReport
 from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
-from mlc.report.table import Report, footnote, to_records
+from mlc.report.table import PARTIAL, Report, footnote, to_records
 
 
 def print_extraction(report: ExtractReport) -> None:
@@ -37,9 +37,11 @@ def print_run(run: Run) -> None:
     config, results = run.config, run.results
     click.echo(
         f"{config.loss}, lr {config.lr:g}, batch {config.batch_size}, {config.labels} labels: best "
-        f"epoch {results['best_epoch']} of {config.epochs}, val mAP {results['val']['mAP']:.2f}"
+        f"epoch {results['best_epoch']} of {config.epochs}, val mAP {results['selection_mAP']:.2f}"
     )
     print_metrics(results["test"], "test")
+    if not results["truth_known"]:
+        click.echo(PARTIAL)
     click.echo(f"run: {run.path}")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError, choose
+from mlc.configs.files import written_aside
 from mlc.configs.progress import Progress, silent
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import probabilities
@@ -22,6 +23,7 @@ PLACES = frozenset({"out", "device", "features", "root"})
 FOLLOWS_LOSS = frozenset({"knobs", "labels"})
 KEY = "features."  # before the fields of the features' key
 TUNED = ("lr", "batch_size")  # chosen for each row by validation, as the papers' grids are
+PARTIAL = "The truth is not known: labels that are not observed positives count as absent here."
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
 
 
@@ -61,12 +63,14 @@ class Report:
         prior: mAP of a constant score: the mean share of positives.
         images: number of test images.
         resamples: of the intervals.
+        truth_known: whether the test labels are all that is there.
     """
 
     rows: list[Row]
     prior: float
     images: int
     resamples: int
+    truth_known: bool
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
@@ -123,6 +127,7 @@ def make_report(
         prior=100 * float(first["true"].mean(axis=0).mean()),
         images=len(first["true"]),
         resamples=resamples,
+        truth_known=all(run.results["truth_known"] for run in chosen),
     )
 
 
@@ -169,8 +174,14 @@ def write_table(report: Report, path: Path) -> None:
     Raises:
         MlcError: the path ends in neither.
     """
-    write = choose({".md": to_markdown, ".csv": to_csv}, path.suffix, "kind of table")
-    path.write_text(write(report))
+    check_table_path(path)
+    with written_aside(path) as partial:
+        partial.write_text(TABLES[path.suffix](report))
+
+
+def check_table_path(path: Path) -> None:
+    """Raise an MlcError if a path does not end as a table can be written."""
+    choose(TABLES, path.suffix, "kind of table")
 
 
 def footnote(report: Report) -> str:
@@ -180,6 +191,8 @@ def footnote(report: Report) -> str:
         f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
         f"paired bootstrap over images, {report.resamples:,} resamples."
     )
+    if not report.truth_known:
+        text += f" {PARTIAL}"
     if same:
         text += f" Cannot be told apart from the best: {', '.join(same)}."
     return text
@@ -203,6 +216,7 @@ def _settings(run: Run, without: frozenset[str]) -> dict[str, str]:
     features = run.results["features"]
     config["features"] = f"{features['backbone']} {features['key']['size_px']} px"
     config |= {f"{KEY}{field}": value for field, value in features["key"].items()}
+    config |= {"photos": features["digest"][:8], "table": run.results["labels_digest"][:8]}
     return {name: json.dumps(value) for name, value in config.items()}
 
 
@@ -219,13 +233,18 @@ def _best_settings(groups: list[list[Run]]) -> list[list[Run]]:
     best: dict[str, list[Run]] = {}
     for group in groups:
         method = json.dumps(_settings(group[0], SEEDS | frozenset(TUNED)))
-        if method not in best or _mean(group, "val") > _mean(best[method], "val"):
+        if method not in best or _selection(group) > _selection(best[method]):
             best[method] = group
     return list(best.values())
 
 
-def _mean(group: Sequence[Run], split: str) -> float:
-    return float(np.mean([run.results[split]["mAP"] for run in group]))
+def _selection(group: Sequence[Run]) -> float:
+    """Return the mean validation mAP, of clean or observed labels as the protocol says."""
+    return float(np.mean([run.results["selection_mAP"] for run in group]))
+
+
+def _test(group: Sequence[Run]) -> float:
+    return float(np.mean([run.results["test"]["mAP"] for run in group]))
 
 
 def _require_same_test(runs: Sequence[Run]) -> dict[str, NDArray[Any]]:
@@ -244,7 +263,7 @@ def _require_same_test(runs: Sequence[Run]) -> dict[str, NDArray[Any]]:
 def _rows(groups: list[list[Run]], samples: dict[Path, NDArray[np.float64]]) -> list[Row]:
     names = _names(groups)
     means = [np.mean([samples[run.path] for run in group], axis=0) for group in groups]
-    order = sorted(range(len(groups)), key=lambda index: -_mean(groups[index], "test"))
+    order = sorted(range(len(groups)), key=lambda index: -_test(groups[index]))
     best = order[0]
     rows = []
     for index in order:
@@ -257,10 +276,10 @@ def _rows(groups: list[list[Run]], samples: dict[Path, NDArray[np.float64]]) -> 
                 lr=group[0].config.lr,
                 batch_size=group[0].config.batch_size,
                 seeds=len(group),
-                val=_mean(group, "val"),
+                val=_selection(group),
                 test=float(np.mean(tests)),
                 deviation=float(np.std(tests, ddof=1)) if len(tests) > 1 else float("nan"),
-                behind=float(np.mean(tests)) - _mean(groups[best], "test"),
+                behind=float(np.mean(tests)) - _test(groups[best]),
                 interval=(float(low), float(high)),
             )
         )
@@ -285,3 +304,6 @@ def _varies(name: str, settings: list[dict[str, str]]) -> bool:
         group += each["features"] if name.startswith(KEY) else ""
         values.setdefault(group, set()).add(each[name])
     return any(len(each) > 1 for each in values.values())
+
+
+TABLES = {".csv": to_csv, ".md": to_markdown}

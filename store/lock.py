@@ -15,6 +15,7 @@ def writer_lock(store: Path) -> Iterator[None]:
     Raises:
         MlcError: another process holds it.
     """
+    store = store.resolve()
     path = store.with_name(f".{store.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

@@ -53,12 +53,24 @@ class FeatureStore:
         self.file: NDArray[np.str_] = self._backend.read(schema.FILE)
         self.status: NDArray[np.uint8] = self._backend.read(schema.STATUS)
         self.layers: tuple[str, ...] = tuple(self.key["layers"])
-        if not self.complete and not unfinished:
+        if self.complete:
+            self._require_whole()
+        elif not unfinished:
             done = int((self.status != schema.PENDING).sum())
             raise MlcError(
                 f"{path}: unfinished, {done} of {len(self.status)} images are extracted; "
                 "run the same mlc extract again, it goes on where it stopped"
             )
+
+    def _require_whole(self) -> None:
+        names = (schema.IMAGE_ID, schema.FILE, schema.CONTENT_HASH, schema.ERROR, schema.STATUS)
+        for name in (*names, *map(schema.pooled, self.layers)):
+            lost = self._backend.lost_chunks(name)
+            if lost:
+                raise MlcError(
+                    f"{self.path}: damaged, {lost} chunks of {name} are lost; extract it again to "
+                    "another --out"
+                )
 
     def pooled(self, layer: str | None = None, view: str | None = None) -> NDArray[np.float32]:
         """Return (N, D) float32, zeros for bad images.
@@ -66,17 +78,8 @@ class FeatureStore:
         Args:
             layer: by default the first.
             view: by default the first.
-
-        Raises:
-            MlcError: a part of the store is lost.
         """
         name = schema.pooled(layer or self.layers[0])
-        lost = self._backend.lost_chunks(name) if self.complete else 0
-        if lost:
-            raise MlcError(
-                f"{self.path}: damaged, {lost} chunks of {name} are lost; extract it again to "
-                "another --out"
-            )
         values = self._backend.read(name)[:, self.key["views"].index(view) if view else 0]
         return np.ascontiguousarray(values, dtype=np.float32)
 

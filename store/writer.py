@@ -47,6 +47,7 @@ class StoreWriter:
         self.batch_size: int = attributes["batch_size"]
         self._shard_rows: int = attributes["shard_rows"]
         self._dtype = np.dtype(attributes["key"]["dtype"])
+        self.made_by: dict[str, Any] = attributes["made_by"]
         self.status: NDArray[np.uint8] = backend.read(schema.STATUS)
 
     @classmethod
@@ -71,6 +72,10 @@ class StoreWriter:
         rows = len(self.status)
         starts = range(0, rows, self._shard_rows)
         return [range(start, min(start + self._shard_rows, rows)) for start in starts]
+
+    def content_hash(self) -> NDArray[np.str_]:
+        """Return (N,) text: the hash of each image file, empty where it was not read."""
+        return self._backend.read(schema.CONTENT_HASH)
 
     def errors(self) -> dict[str, str]:
         """Return why each bad image is bad, by file."""

@@ -33,7 +33,8 @@ class ZarrBackend:
     def open(cls, path: Path, *, write: bool = False) -> Self:
         """Open a folder; a writer clears away the chunks that a killed one left half written."""
         if not path.is_dir():
-            raise MlcError(f"{path}: no such store")
+            found = "a file, not a Zarr v3 folder" if path.exists() else "no such store"
+            raise MlcError(f"{path}: {found}")
         try:
             group = zarr.open_group(path, mode="r+" if write else "r", zarr_format=3)
         except (
@@ -85,7 +86,12 @@ class ZarrBackend:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
-        values = np.asarray(self._array(name)[start:stop])
+        try:
+            values = np.asarray(self._array(name)[start:stop])
+        except ValueError as error:
+            raise MlcError(
+                f"{self.path}: damaged, a chunk of {name} cannot be read ({error})"
+            ) from None
         return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=np.str_)
 
     def write(self, name: str, start: int, values: Array) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import click
@@ -203,6 +204,110 @@ def test_a_csv_of_photos_goes_all_the_way(tmp_path, monkeypatch, capsys) -> None
     assert results["train_images"] == 28
 
 
+def photos(folder: Path, colours: tuple[str, ...]) -> Path:
+    """Draw a photo of each colour, by number, and a table that calls each by its colour."""
+    folder.mkdir(parents=True)
+    lines = ["file,labels"]
+    for index, colour in enumerate(colours):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{colour}")
+    table = folder / "photos.csv"
+    table.write_text("\n".join(lines))
+    return table
+
+
+def test_features_of_other_photos_of_the_same_names_are_never_reused(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = photos(tmp_path / "a", ("red", "blue"))
+    main_ok("extract", "--data", first, *BACKBONE)
+    (labels,) = Path("features").glob("*.labels.npz")
+    before = labels.read_bytes()
+    second = photos(tmp_path / "b", ("blue", "red"))
+    text = mistake(capsys, "extract", "--data", second, *BACKBONE)
+    assert "holds features of another photo" in text
+    assert labels.read_bytes() == before
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "a" / "1.png")
+    assert "a/1.png, by its content" in mistake(capsys, "extract", "--data", first, *BACKBONE)
+
+
+def test_the_same_photos_in_another_folder_are_the_same(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        table = photos(tmp_path / folder, ("red", "blue"))
+        main_ok("extract", "--data", table, *BACKBONE)
+    assert "nothing to do, all 2 images were there" in capsys.readouterr().out
+
+
+def test_heads_of_other_photos_are_not_kept(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for colours in (("red", "blue") * 10, ("blue", "red") * 10):
+        table = tmp_path / "photos" / "photos.csv"
+        table = photos(table.parent, colours) if not table.exists() else table
+        for index, colour in enumerate(colours):
+            Image.new("RGB", (40, 40), colour).save(table.parent / f"{index}.png")
+        main_ok("extract", "--data", table, *BACKBONE, "--out", f"{colours[0]}.zarr")
+        main_ok("sweep", "--features", f"{colours[0]}.zarr", "--losses", "bce", "--epochs", "1")
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_a_run_works_from_any_folder(here, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    main_ok("evaluate", here / "runs/bce")
+    assert "test, 59 images" in capsys.readouterr().out
+
+
+def test_out_never_replaces_a_folder_that_is_no_run(here, capsys) -> None:
+    folder = here / "thesis"
+    folder.mkdir()
+    for name in ("results.json", "chapter1.txt"):
+        (folder / name).write_text("{}")
+    assert "is not a run folder" in mistake(capsys, "train-head", "--out", "thesis")
+    assert (folder / "chapter1.txt").exists()
+
+
+def test_a_run_is_evaluated_on_photos_of_its_own_kind(here, tmp_path, capsys) -> None:
+    table = tmp_path / "new.csv"
+    files = sorted((here / "data/coco/val2014").glob("*.jpg"))[:5]
+    table.write_text("file,labels\n" + "".join(f"{file},digit 3\n" for file in files))
+    main_ok("evaluate", "runs/bce", "--data", table, "--split", "all")
+    out = capsys.readouterr().out
+    assert "all, 5 images" in out
+    assert "9 classes have no positive here" in out
+
+
+def test_observed_validation_labels_select_and_are_what_is_shown(here, capsys) -> None:
+    settings = ("--loss", "an", "--set", "val_labels=observed", "--epochs", "3")
+    main_ok("train-head", *settings, "--out", "other-runs/observed")
+    results = json.loads((here / "other-runs/observed/results.json").read_text())
+    lines = (here / "other-runs/observed/metrics.jsonl").read_text().splitlines()
+    assert results["selection_mAP"] == max(json.loads(line)["val_mAP"] for line in lines)
+    assert results["selection_mAP"] != results["val"]["mAP"]
+    assert f"val mAP {results['selection_mAP']:.2f}" in capsys.readouterr().out
+
+
+def test_partial_labels_are_said_to_be_so(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = photos(tmp_path / "a", ("red", "blue") * 10)
+    main_ok("extract", "--data", table, "--set", "unlisted=unknown", *BACKBONE)
+    main_ok("train-head", "--loss", "an", "--epochs", "1", "--out", "runs/an")
+    main_ok("report", "runs")
+    assert capsys.readouterr().out.count("The truth is not known") == 2
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "scores.npz", "results.json", "config.yaml"])
+@pytest.mark.parametrize("damage", ["missing", "rubbish"])
+def test_a_damaged_run_is_said_to_be_so(here, tmp_path, capsys, name: str, damage: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(here / "runs/bce", run)
+    (run / name).unlink()
+    if damage == "rubbish":
+        (run / name).write_text("[]")
+    command = ("report", run) if name == "scores.npz" else ("evaluate", run)
+    assert re.search(rf"{run}.*({name}|not a run folder)", mistake(capsys, *command))
+
+
 def test_a_mistake_in_the_data(here, tmp_path, capsys) -> None:
     text = mistake(capsys, "data", "prepare", "--root", tmp_path)
     assert "no train2014" in text
@@ -242,6 +347,17 @@ def test_a_mistake_in_the_data(here, tmp_path, capsys) -> None:
         (("train-head", "--lr", "-1"), r"lr: should be a positive number, got -1"),
         (("train-head", "--device", "cuda:99"), r"device: 'cuda:99' is not to be had here"),
         (("train-head", "--out", "data"), r"data: is there and is not a run folder"),
+        (("train-head", "--classes", ""), r"classes: is empty"),
+        (("train-head", "--device", "meta"), r"device: 'meta' is not to be had here"),
+        (("train-head", "--set", "labels=&a [*a]"), r"not plain keys and values"),
+        (("evaluate", "runs/bce", "--data", "coco", "--features", "x.zarr"), r"pass one of them"),
+        (("evaluate", "runs/bce", "--weights", "x.pth"), r"--weights is for images"),
+        (("predict", "runs/bce", "data", "--out", "."), r"is a folder; name a file"),
+        (("data", "prepare", "--out", "runs"), r"is a folder; name a file"),
+        (("report", "runs", "--resamples", "0"), r"0 is not in the range"),
+        (("extract", *BACKBONE, "--out", "/proc/x.zarr"), r"/proc/.*No such file or directory"),
+        (("sweep", "--losses", "an,an"), r"losses: has a value twice"),
+        (("sweep", "--seeds", ""), r"seeds: is empty"),
         (("sweep", "--losses", "an,rolle"), r"unknown loss 'rolle'; did you mean 'role'"),
         (("sweep", "--lr", "1e-2,fast"), r"--lr: expected floats with commas between"),
         (("evaluate", "runs"), r"runs: not a run folder"),

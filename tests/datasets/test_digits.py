@@ -164,10 +164,17 @@ def test_drawing_that_was_interrupted_starts_over(
         patch.setattr(digits, "draw", stop_at_the_eighth)
         with pytest.raises(KeyboardInterrupt):
             read_digits(tmp_path / "stopped")
-    assert len(content(tmp_path / "stopped")) == 7
+    assert not (tmp_path / "stopped").exists()
     read_digits(tmp_path / "stopped")
     read_digits(tmp_path / "whole")
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_somebody_elses_folder_is_not_drawn_into(tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    with pytest.raises(MlcError, match="name an empty folder with --root"):
+        read_digits(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 
 
 def test_a_table_without_its_pictures_is_told_apart(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def table() -> LabelTable:
 
 def features_of(image_ids: list[str]) -> Features:
     values = np.array([feature_of(each) for each in image_ids], dtype=np.float32)
-    return Features(Path("a.zarr"), np.array(image_ids), values, {}, {})
+    return Features(Path("a.zarr"), np.array(image_ids), values, {}, {}, "photos")
 
 
 def assert_joined(split, table: LabelTable) -> None:

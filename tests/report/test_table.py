@@ -61,7 +61,10 @@ def write(
         "val": {"mAP": val},
         "test": {"mAP": mean_ap(probabilities(logits), true)},
         "classes": [f"class {column}" for column in range(true.shape[1])],
-        "features": {"backbone": key["backbone"], "key": key},
+        "features": {"backbone": key["backbone"], "key": key, "digest": "photos"},
+        "labels_digest": "table",
+        "selection_mAP": val,
+        "truth_known": True,
     }
     state = {"weight": torch.zeros(true.shape[1], 2), "bias": torch.zeros(true.shape[1])}
     write_run(folder / name, config, state, [], scores, results)

@@ -516,11 +516,23 @@ def test_a_store_without_one_of_its_arrays_is_damaged(path: Path, name: str) -> 
         FeatureStore(path)
 
 
-def test_a_lost_chunk_is_damage_and_not_zeros(tmp_path: Path) -> None:
+def chunk_of(path: Path, name: str) -> Path:
+    return next(chunk for chunk in (path / name / "c").rglob("*") if chunk.is_file())
+
+
+@pytest.mark.parametrize("name", ["pre_logits/pooled", "status", "image_id", "content_hash"])
+def test_a_lost_chunk_is_damage_and_not_zeros(tmp_path: Path, name: str) -> None:
     path = fill(tmp_path / "a.zarr", content())
-    chunks = (path / "pre_logits" / "pooled" / "c").rglob("*")
-    next(chunk for chunk in chunks if chunk.is_file()).unlink()
-    with FeatureStore(path) as store, pytest.raises(MlcError, match="damaged, 1 chunks of"):
+    chunk_of(path, name).unlink()
+    with pytest.raises(MlcError, match=f"damaged, 1 chunks of {name}"):
+        FeatureStore(path)
+
+
+def test_a_truncated_chunk_is_damage(tmp_path: Path) -> None:
+    path = fill(tmp_path / "a.zarr", content())
+    chunk = chunk_of(path, "pre_logits/pooled")
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+    with FeatureStore(path) as store, pytest.raises(MlcError, match="damaged, a chunk of"):
         store.pooled()
 
 
