@@ -1,17 +1,19 @@
 """What commands say at their end."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlc.extract.run import STAGES, ExtractReport
 from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
 from mlc.report.table import PARTIAL, Report, footnote, to_records
 
+if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
+    from mlc.extract.run import ExtractReport
 
-def print_extraction(report: ExtractReport) -> None:
+
+def print_extraction(report: "ExtractReport") -> None:
     """Print what an extraction did: backbone, bad images, shares of time, where the store is."""
     click.echo(f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}")
     print_bad(report.bad)
@@ -19,7 +21,7 @@ def print_extraction(report: ExtractReport) -> None:
         rate = report.extracted / report.wall_seconds
         click.echo(
             f"{report.extracted:,} images in {report.wall_seconds:.1f} s, {rate:.1f} images/s: "
-            f"{shares(report.seconds, STAGES)}"
+            f"{shares(report.seconds, tuple(report.seconds))}"
         )
     else:
         click.echo(f"nothing to do, all {report.images:,} images were there")
