@@ -85,7 +85,8 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
 
     Raises:
         MlcError: see ``read_images``, ``load_backbone`` and ``StoreWriter.create_or_resume``;
-            or an image is bad and ``on_error`` is "raise".
+            a stored photo is not the one that is there now; or an image is bad and
+            ``on_error`` is "raise".
         KeyboardInterrupt: with a message that says what is kept.
     """
     _check(config)
