@@ -292,7 +292,8 @@ def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Pat
     """Compare runs: mean and deviation over seeds, paired intervals over images."""
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_report
-    from mlc.report.table import check_table_path, find_runs, make_report, write_table
+    from mlc.report.table import find_runs, make_report
+    from mlc.report.written import check_table_path, write_table
 
     if out is not None:
         check_table_path(out)

@@ -81,13 +81,8 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         MlcError: a list is empty, a loss is unknown, or a knob belongs to none of the losses.
     """
     losses = tuple(LOSSES) if config.losses == ("all",) else config.losses
-    lists = {
-        "losses": losses,
-        "batch_size": config.batch_size,
-        "lr": config.lr,
-        "seeds": config.seeds,
-    }
-    for name, values in lists.items():
+    for name in ("losses", "batch_size", "lr", "seeds"):
+        values = getattr(config, name)
         if not values:
             raise MlcError(f"{name}: is empty; give at least one")
         if len(set(values)) != len(values):

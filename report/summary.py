@@ -7,7 +7,8 @@ import click
 
 from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
-from mlc.report.table import PARTIAL, Report, footnote, to_records
+from mlc.report.table import Report
+from mlc.report.written import PARTIAL, footnote, to_records
 
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
     from mlc.extract.run import ExtractReport

@@ -1,7 +1,5 @@
 """The table of runs: mean and deviation over seeds, and what can be told from the best."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc.configs.errors import MlcError, choose
-from mlc.configs.files import written_aside
+from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import probabilities
@@ -23,7 +20,6 @@ PLACES = frozenset({"out", "device", "features", "root"})
 FOLLOWS_LOSS = frozenset({"knobs", "labels"})
 KEY = "features."  # before the fields of the features' key
 TUNED = ("lr", "batch_size")  # chosen for each row by validation, as the papers' grids are
-PARTIAL = "The truth is not known: labels that are not observed positives count as absent here."
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
 
 
@@ -131,85 +127,6 @@ def make_report(
     )
 
 
-def to_records(report: Report) -> list[dict[str, Any]]:
-    """Return the rows as flat records of text and numbers, for CSV and Markdown."""
-    return [
-        {
-            **row.name,
-            "lr": f"{row.lr:g}",
-            "batch": str(row.batch_size),
-            "seeds": str(row.seeds),
-            "val mAP": f"{row.val:.2f}",
-            "test mAP": f"{row.test:.2f}",
-            "std": "" if np.isnan(row.deviation) else f"{row.deviation:.2f}",
-            "to best": f"{row.behind:+.2f}" if index else "best",
-            "95 % interval": f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" if index else "",
-        }
-        for index, row in enumerate(report.rows)
-    ] + [_prior_record(report)]
-
-
-def to_markdown(report: Report) -> str:
-    """Return the table as Markdown."""
-    records = to_records(report)
-    columns = list(records[0])
-    lines = [columns, ["---"] * len(columns), *([each[c] for c in columns] for each in records)]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
-
-
-def to_csv(report: Report) -> str:
-    """Return the table as CSV."""
-    records = to_records(report)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]))
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def write_table(report: Report, path: Path) -> None:
-    """Write the table as ``.md`` or ``.csv``.
-
-    Raises:
-        MlcError: the path ends in neither.
-    """
-    check_table_path(path)
-    with written_aside(path) as partial:
-        partial.write_text(TABLES[path.suffix](report))
-
-
-def check_table_path(path: Path) -> None:
-    """Raise an MlcError if a path does not end as a table can be written."""
-    choose(TABLES, path.suffix, "kind of table")
-
-
-def footnote(report: Report) -> str:
-    """Say what the columns are, and what cannot be told apart."""
-    same = [" ".join(row.name.values()) for row in report.rows[1:] if _ties_best(row)]
-    text = (
-        f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
-        f"paired bootstrap over images, {report.resamples:,} resamples."
-    )
-    if not report.truth_known:
-        text += f" {PARTIAL}"
-    if same:
-        text += f" Cannot be told apart from the best: {', '.join(same)}."
-    return text
-
-
-def _prior_record(report: Report) -> dict[str, str]:
-    names = dict.fromkeys(report.rows[0].name, "")
-    names[next(iter(names))] = "class prior"
-    empty = dict.fromkeys(("lr", "batch", "seeds", "val mAP"), "")
-    tail = dict.fromkeys(("std", "to best", "95 % interval"), "")
-    return names | empty | {"test mAP": f"{report.prior:.2f}"} | tail
-
-
-def _ties_best(row: Row) -> bool:
-    return row.interval[0] <= 0 <= row.interval[1]
-
-
 def _settings(run: Run, without: frozenset[str]) -> dict[str, str]:
     """Return what a run is, as text, the hash of its features in the place of their path."""
     config = run.config.model_dump(mode="json", exclude=set(without | PLACES))
@@ -304,6 +221,3 @@ def _varies(name: str, settings: list[dict[str, str]]) -> bool:
         group += each["features"] if name.startswith(KEY) else ""
         values.setdefault(group, set()).add(each[name])
     return any(len(each) > 1 for each in values.values())
-
-
-TABLES = {".csv": to_csv, ".md": to_markdown}

@@ -14,16 +14,8 @@ from mlc.configs.errors import MlcError
 from mlc.heads.metrics import mean_ap
 from mlc.heads.run_folder import Run, read_run, write_run
 from mlc.heads.train import TrainConfig, probabilities
-from mlc.report.table import (
-    Report,
-    find_runs,
-    footnote,
-    make_report,
-    to_csv,
-    to_markdown,
-    to_records,
-    write_table,
-)
+from mlc.report.table import Report, find_runs, make_report
+from mlc.report.written import footnote, to_csv, to_markdown, to_records, write_table
 
 IMAGES, CLASSES = 80, 3
 TRUE = np.random.default_rng(0).random((IMAGES, CLASSES)) < 0.3
