@@ -18,6 +18,10 @@ from mlc.configs.errors import MlcError
 PATH = click.Path(path_type=Path)
 Option = Callable[[Any], Any]
 
+LABELS_HELP = (
+    "full, single-positive, one-positive-one-negative, one-positive-all-negatives or as-given"
+)
+
 
 def options(*added: Option) -> Option:
     """Apply click options in the order in which ``--help`` shows them."""
@@ -50,17 +54,20 @@ CONFIG = options(
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other field."),
 )
 DATA = options(
-    click.option("--data", help="coco, digits, or the path of a CSV of file,labels."),
+    click.option("--data", help="coco, voc, nuswide, cub, digits, or a CSV of file,labels."),
     click.option("--root", type=PATH, help="Folder of the images; default data/NAME."),
     click.option(
-        "--keep-unlabelled", is_flag=True, default=None, help="COCO: keep images without labels."
+        "--keep-unlabelled",
+        is_flag=True,
+        default=None,
+        help="COCO, VOC: images without labels too.",
     ),
 )
 LABELS = options(
     click.option("--features", type=PATH, help="The store; default the only one in features/."),
     DATA,
     click.option("--labels-file", type=PATH, help="A label table of mlc data prepare."),
-    click.option("--labels", help="full, single-positive or as-given."),
+    click.option("--labels", help=f"{LABELS_HELP}; default what the loss is made for."),
     click.option("--classes", callback=names, help="Keep these classes, e.g. cat,dog."),
 )
 DEVICE = click.option("--device", help="auto, cpu, cuda, cuda:1, ...; default auto.")
@@ -96,7 +103,7 @@ def data() -> None:
 @data.command()
 @CONFIG
 @DATA
-@click.option("--labels", help="full, single-positive or as-given; default full.")
+@click.option("--labels", help=f"{LABELS_HELP}; default full.")
 @click.option("--split-seed", type=int, help="Default 1200, the MLSPL authors'.")
 @click.option("--corruption-seed", type=int, help="Default 1200, likewise.")
 @click.option("--out", type=PATH, help="Write the label table to this .npz file.")
@@ -146,6 +153,29 @@ def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     print_extraction(done)
 
 
+@cli.command("import")
+@CONFIG
+@click.option("--data", help="coco, voc, cub, nuswide, coco-formatted or voc-formatted.")
+@click.option("--root", type=PATH, help="Folder of the feature and label files; default data/NAME.")
+@click.option("--out", type=PATH, help="The store; default features/ and a name with its key.")
+@click.option("--format", help="zarr or hdf5; default zarr.")
+def import_features(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+    """Make a store of the MLSPL authors' published features, to train on them."""
+    from mlc.configs import load
+    from mlc.extract.imported import ImportConfig, import_features
+    from mlc.report.console import progress_bar
+
+    config = load(ImportConfig, "import", recipe, overrides, flags)
+    with progress_bar("import", "images") as progress:
+        done = import_features(config, progress)
+    click.echo(f"backbone: {done.backbone}")
+    if done.imported:
+        click.echo(f"{done.imported:,} of {done.images:,} images imported")
+    else:
+        click.echo(f"nothing to do, all {done.images:,} images were there")
+    click.echo(f"store: {done.path}")
+
+
 @cli.group()
 def store() -> None:
     """Look after feature stores."""
@@ -163,20 +193,22 @@ def info(path: Path) -> None:
 @cli.command("train-head")
 @CONFIG
 @LABELS
-@click.option("--loss", help="bce, bce_ls, an, an_ls, wan, epr or role; default bce.")
+@click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
 @click.option("--head", help="linear; default linear.")
 @click.option("--lr", type=float, help="Of Adam; default 1e-3.")
+@click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
 @click.option("--batch-size", type=int, help="Images a step; default 16.")
 @click.option("--epochs", type=int, help="The best of them is kept; default 25.")
+@click.option("--val-labels", help="clean or observed: what chooses the epoch; default clean.")
 @click.option("--seed", type=int, help="Of the initial weights; default 0.")
 @DEVICE
 @click.option("--out", type=PATH, help="The run folder; default runs/ and a name of its settings.")
 def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     """Stage 2: train a head on a store, select its epoch, test it."""
     from mlc.configs import load
+    from mlc.heads.config import TrainConfig, check_config
     from mlc.heads.fit import fit, prepare
     from mlc.heads.inputs import read_features, read_labels
-    from mlc.heads.train import TrainConfig, check_config
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_run
 
@@ -194,10 +226,12 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 @LABELS
 @click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
 @click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
+@click.option("--weight-decay", callback=partial(numbers, float), help="e.g. 0,1e-2; default 0.")
 @click.option("--batch-size", callback=partial(numbers, int), help="e.g. 8,16; default 16.")
 @click.option("--seeds", callback=partial(numbers, int), help="e.g. 0,1,2; default 0.")
 @click.option("--vary", callback=names, help="What else a seed changes: order,corruption.")
 @click.option("--epochs", type=int, help="The best of them is kept; default 25.")
+@click.option("--val-labels", help="clean or observed: what chooses epochs; default clean.")
 @DEVICE
 @click.option("--out", type=PATH, help="Folder of the run folders; default runs.")
 def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
@@ -209,12 +243,14 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     from mlc.report.table import make_report
 
     config = load(SweepConfig, "sweep", recipe, overrides, flags)
-    with progress_bar("train", "heads") as progress:
-        runs = sweep(config, progress)
+    with progress_bar("train", "steps") as progress:
+        swept = sweep(config, progress)
+    for note in swept.notes:
+        click.echo(note)
     with progress_bar("bootstrap", "heads") as progress:
-        report = make_report(runs, progress=progress)
+        report = make_report(swept.runs, progress=progress)
     varied = ", ".join(("initial weights", *config.vary))
-    click.echo(f"{len(runs)} heads in {config.out}; a seed varies: {varied}")
+    click.echo(f"{len(swept.runs)} heads in {config.out}; a seed varies: {varied}")
     print_report(report)
 
 
@@ -286,26 +322,30 @@ def predict(
 @cli.command()
 @click.argument("runs", type=PATH, nargs=-1)
 @click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
+@click.option("--against", help="mlspl: beside the paper's verified figures.")
+@click.option("--per-class", is_flag=True, help="Also the AP of each class over tuned AN.")
 @click.option("--resamples", type=click.IntRange(1), default=1000, help="Default 1000.")
 @click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")
-def report(runs: tuple[Path, ...], every_setting: bool, resamples: int, out: Path | None) -> None:
-    """Compare runs: mean and deviation over seeds, paired intervals over images."""
+def report(
+    runs: tuple[Path, ...],
+    every_setting: bool,
+    against: str | None,
+    per_class: bool,
+    resamples: int,
+    out: Path | None,
+) -> None:
+    """Compare runs: mean and deviation over seeds, paired intervals over images and seeds."""
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_report
+    from mlc.report.summary import check_report, print_report
     from mlc.report.table import find_runs, make_report
-    from mlc.report.written import check_table_path, write_table
 
-    if out is not None:
-        check_table_path(out)
     found = find_runs(runs or (Path("runs"),))
+    check_report(found, against=against, per_class=per_class, out=out)
     with progress_bar("bootstrap", "heads") as progress:
         table = make_report(
             found, every_setting=every_setting, resamples=resamples, progress=progress
         )
-    print_report(table)
-    if out is not None:
-        write_table(table, out)
-        click.echo(f"table: {out}")
+    print_report(table, against=against, per_class=per_class, out=out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import SPLITS, LabelTable, full_labels
 
-Labels = Literal["full", "single-positive", "as-given"]
+Labels = Literal[
+    "full",
+    "single-positive",
+    "one-positive-one-negative",
+    "one-positive-all-negatives",
+    "as-given",
+]
 OFFICIAL_SEED = 1200  # of the authors, for the split and for the corruption
 VAL_FRACTION = 0.2  # of the official training images
 CSV_FRACTIONS = (0.7, 0.1, 0.2)  # train, val, test where a CSV has no split column
@@ -28,10 +34,12 @@ def apply_protocol(
 
     Args:
         table: as read; splits may be missing.
-        labels: "full" shows the truth, "single-positive" one positive of each image, "as-given"
-            leaves ``observed`` alone.
+        labels: "full" shows the truth; "single-positive" one positive of each image, the same one
+            that "one-positive-one-negative" shows beside a negative (the authors' ``--num-neg
+            1``, for IU) and "one-positive-all-negatives" beside all true negatives (for IUN);
+            "as-given" leaves ``observed`` alone.
         split_seed: of the validation split.
-        corruption_seed: of the choice of the positive.
+        corruption_seed: of the choice of what is observed.
 
     Raises:
         MlcError: the labels asked for need a truth that the table does not have, a split would
@@ -45,12 +53,7 @@ def apply_protocol(
                 f"labels: {labels!r} needs the true labels, and this data set has partial ones; "
                 "use --labels as-given"
             )
-        observed = (
-            full_labels(table.true)
-            if labels == "full"
-            else _observe_single_positives(table, corruption_seed)
-        )
-        table = replace(table, observed=observed)
+        table = replace(table, observed=_observed(table.true, table.split, labels, corruption_seed))
     return assign_splits(table, split_seed)
 
 
@@ -129,11 +132,19 @@ def observe(
     return observed
 
 
-def _observe_single_positives(table: LabelTable, seed: int) -> NDArray[np.int8]:
+def _observed(
+    true: NDArray[np.bool_], split: NDArray[np.str_], labels: Labels, seed: int
+) -> NDArray[np.int8]:
     """Corrupt the official training part and the test part, each with a generator of its own."""
-    assert table.true is not None
-    observed = np.zeros(table.true.shape, dtype=np.int8)
-    test = table.split == "test"
+    observed = full_labels(true)
+    if labels == "full":
+        return observed
+    negatives = {
+        "single-positive": 0,
+        "one-positive-one-negative": 1,
+        "one-positive-all-negatives": true.shape[1],
+    }[labels]
+    test = split == "test"
     for part in (~test, test):
-        observed[part] = observe(table.true[part], seed=seed)
+        observed[part] = observe(true[part], negatives=negatives, seed=seed)
     return observed

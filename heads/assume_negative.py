@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mlc.heads.bce import bce_ls, negative_log
+from mlc.heads.bce import SMOOTHING, cross_entropy, smooth
 
 
 def an(logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,10 +18,10 @@ def an(logits: Tensor, labels: Tensor) -> Tensor:
 
     Source: Cole et al. 2021, section 3; ``loss_an`` of the release.
     """
-    return an_ls(logits, labels, smoothing=0.0)
+    return cross_entropy(logits, *an_weights(labels, logits.dtype))
 
 
-def an_ls(logits: Tensor, labels: Tensor, *, smoothing: float | Tensor = 0.1) -> Tensor:
+def an_ls(logits: Tensor, labels: Tensor, *, smoothing: float | Tensor = SMOOTHING) -> Tensor:
     """Assume negative with label smoothing, of observed positives and assumed negatives alike.
 
     Args:
@@ -34,7 +34,7 @@ def an_ls(logits: Tensor, labels: Tensor, *, smoothing: float | Tensor = 0.1) ->
 
     Source: Cole et al. 2021, section 3; ``loss_an_ls`` of the release.
     """
-    return bce_ls(logits, torch.where(labels == 1, 1, -1), smoothing=smoothing)
+    return cross_entropy(logits, *an_weights(labels, logits.dtype, smoothing=smoothing))
 
 
 def wan(logits: Tensor, labels: Tensor, *, negative_weight: float | Tensor | None = None) -> Tensor:
@@ -50,7 +50,23 @@ def wan(logits: Tensor, labels: Tensor, *, negative_weight: float | Tensor | Non
 
     Source: Cole et al. 2021, section 3; ``loss_wan`` of the release.
     """
+    weights = wan_weights(labels, logits.dtype, negative_weight=negative_weight)
+    return cross_entropy(logits, *weights)
+
+
+def an_weights(
+    labels: Tensor, dtype: torch.dtype, *, smoothing: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the weights that make ``cross_entropy`` AN or AN-LS; see ``bce_weights``."""
+    positive = (labels == 1).to(dtype)
+    return smooth(positive, 1 - positive, smoothing)
+
+
+def wan_weights(
+    labels: Tensor, dtype: torch.dtype, *, negative_weight: float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the weights that make ``cross_entropy`` WAN; see ``bce_weights``."""
     if negative_weight is None:
-        negative_weight = 1 / max(1, logits.shape[-1] - 1)
-    probs = torch.sigmoid(logits)
-    return torch.where(labels == 1, negative_log(probs), negative_weight * negative_log(1 - probs))
+        negative_weight = 1 / max(1, labels.shape[-1] - 1)
+    positive = (labels == 1).to(dtype)
+    return positive, negative_weight * (1 - positive)

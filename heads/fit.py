@@ -14,18 +14,13 @@ from mlc.configs.provenance import made_by
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import apply_protocol
 from mlc.datasets.source import DATASETS
-from mlc.heads.inputs import Features, Split, join
+from mlc.heads.config import TrainConfig, check_config, default_labels, settle_knobs
+from mlc.heads.explain import frequency_bins
+from mlc.heads.inputs import Features, Split, join, relabel
 from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
-from mlc.heads.train import (
-    TrainConfig,
-    TrainedHead,
-    check_config,
-    default_labels,
-    probabilities,
-    settle_knobs,
-    train_head,
-)
+from mlc.heads.train import TrainedHead, probabilities, train_head
+from mlc.heads.training_labels import check_labels
 
 NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
 
@@ -45,8 +40,17 @@ class Prepared:
     splits: dict[str, Split]
 
 
-def prepare(config: TrainConfig, features: Features, table: LabelTable) -> Prepared:
+def prepare(
+    config: TrainConfig, features: Features, table: LabelTable, like: Prepared | None = None
+) -> Prepared:
     """Apply a config's protocol to a table as read, and join it with the features.
+
+    Args:
+        config: of the protocol.
+        features: of the store.
+        table: as read.
+        like: the same table under another protocol of the same split seed, whose features are
+            shared: those of COCO are a gigabyte.
 
     Raises:
         MlcError: see ``apply_protocol``, ``join`` and ``choose_device``.
@@ -57,8 +61,32 @@ def prepare(config: TrainConfig, features: Features, table: LabelTable) -> Prepa
         split_seed=config.split_seed,
         corruption_seed=config.corruption_seed,
     )
-    splits = join(features, shown, choose_device(config.device))
-    return Prepared(table.digest(), shown, splits)
+    if like is None:
+        splits = join(features, shown, choose_device(config.device))
+    else:
+        splits = relabel(like.splits, shown)
+    return Prepared(table.digest() if like is None else like.source, shown, splits)
+
+
+def resolve(config: TrainConfig, features: Features, prepared: Prepared) -> TrainConfig:
+    """Return a config with nothing left open: enough to repeat the run from any folder.
+
+    Raises:
+        MlcError: see ``check_config``, ``settle_knobs`` and ``require_free``.
+    """
+    check_config(config)
+    table = prepared.table
+    path = config.out or run_path(config, features, prepared.source)
+    require_free(path)
+    settled: dict[str, Any] = {
+        "labels": default_labels(config, table),
+        **{name: _absolute(getattr(config, name)) for name in ("root", "labels_file")},
+        "data": _absolute_csv(config.data),
+        "features": features.path.resolve(),
+        "knobs": settle_knobs(config, table),
+        "out": path,
+    }
+    return config.model_copy(update=settled)
 
 
 def fit(
@@ -73,31 +101,32 @@ def fit(
         progress: told after each epoch.
 
     Raises:
-        MlcError: see ``check_config``, ``settle_knobs``, ``train_head`` and ``write_run``.
+        MlcError: see ``check_labels``, ``resolve``, ``train_head`` and ``write_run``.
     """
-    check_config(config)
-    table, splits = prepared.table, prepared.splits
-    path = config.out or run_path(config, features, prepared.source)
-    require_free(path)
-    settled: dict[str, Any] = {
-        "labels": default_labels(config, table),
-        **{name: _absolute(getattr(config, name)) for name in ("root", "labels_file")},
-        "data": _absolute_csv(config.data),
-        "features": features.path.resolve(),
-        "knobs": settle_knobs(config, table),
-        "out": path,
-    }
-    resolved = config.model_copy(update=settled)
-    trained = train_head(resolved, splits, progress)
+    check_labels(config.loss, prepared.splits["train"].observed.cpu().numpy())
+    resolved = resolve(config, features, prepared)
+    return keep(resolved, train_head(resolved, prepared.splits, progress), features, prepared)
+
+
+def keep(config: TrainConfig, trained: TrainedHead, features: Features, prepared: Prepared) -> Run:
+    """Write the run folder of a trained head.
+
+    Args:
+        config: resolved.
+        trained: the head.
+        features: that it was trained on.
+        prepared: labels and splits, likewise.
+    """
+    assert config.out is not None
     write_run(
-        path,
-        resolved,
+        config.out,
+        config,
         trained.state,
         trained.history,
-        _scores(splits["test"], trained),
-        _results(resolved, features, prepared, trained),
+        _scores(prepared.splits["test"], trained),
+        _results(config, features, prepared, trained),
     )
-    return read_run(path)
+    return read_run(config.out)
 
 
 def run_path(
@@ -140,11 +169,16 @@ def _results(
         )
         for name in ("val", "test")
     }
+    positives = splits["train"].true.sum(axis=0)
+    per_class_ap = np.array(list(metrics["test"]["per_class_ap"].values()))
     return {
         "best_epoch": trained.best_epoch,
         "selection_mAP": trained.history[trained.best_epoch - 1]["val_mAP"],
         **metrics,
+        "mAP_by_frequency": frequency_bins(positives, per_class_ap),
+        "train_positives": dict(zip(table.classes, positives.tolist(), strict=True)),
         "train_images": len(splits["train"].image_id),
+        "dataset": table.dataset,
         "truth_known": table.true is not None,
         "classes": list(table.classes),
         "labels_digest": source,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlc.datasets.source import DataConfig, read_images
 from mlc.store import schema
 from mlc.store.reader import FeatureStore, find_store, labels_path
 
+NAMED_IMAGES = 5  # in a sentence
 DATA_SWITCHES = {"root", "keep_unlabelled", "unlisted"}  # of the data set that --data names
 
 
@@ -78,15 +79,17 @@ def read_features(path: Path | None) -> Features:
     """Load the pooled features of a store whole: a COCO of 2,048-d features is 1 GB.
 
     Raises:
-        MlcError: see ``find_store`` and ``FeatureStore``.
+        MlcError: see ``find_store`` and ``FeatureStore``; a feature is NaN or infinite.
     """
     with FeatureStore(find_store(path)) as store:
         good = store.status == schema.OK
         photos = "\n".join([*store.image_id[good].tolist(), *store.content_hash()[good].tolist()])
+        values = store.pooled()[good]
+        _require_finite(store.path, store.image_id[good], values)
         return Features(
             path=store.path,
             image_id=store.image_id[good],
-            values=store.pooled()[good],
+            values=values,
             key=store.key,
             made_by=store.made_by,
             digest=hashlib.sha256(photos.encode(errors="surrogateescape")).hexdigest(),
@@ -137,3 +140,33 @@ def join(
             true=part.targets(),
         )
     return result
+
+
+def relabel(splits: Mapping[str, Split], table: LabelTable) -> dict[str, Split]:
+    """Return splits with the labels that another protocol shows of the same images.
+
+    Args:
+        splits: by ``join``.
+        table: with the rows and splits that they were joined from.
+    """
+    result = {}
+    for name, split in splits.items():
+        part = table.part(name)
+        row = {image_id: index for index, image_id in enumerate(part.image_id.tolist())}
+        part = part.rows(np.array([row[each] for each in split.image_id.tolist()], np.intp))
+        observed = torch.from_numpy(part.observed).to(split.observed.device)
+        result[name] = replace(split, observed=observed, true=part.targets())
+    return result
+
+
+def _require_finite(path: Path, image_id: NDArray[np.str_], values: NDArray[np.float32]) -> None:
+    # A sum is NaN or infinite if a term is, and needs no copy of a gigabyte.
+    bad = image_id[~np.isfinite(values.sum(axis=1))]
+    if len(bad):
+        shown = ", ".join(bad[:NAMED_IMAGES].tolist()) + (
+            ", ..." if len(bad) > NAMED_IMAGES else ""
+        )
+        raise MlcError(
+            f"{path}: features of {len(bad):,} of {len(image_id):,} images are NaN or infinite "
+            f"(image id {shown}); extract it again with other weights or in higher precision"
+        )

@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from mlc.heads.bce import bce, negative_log
-from mlc.heads.expected_positive import epr_term
+from mlc.heads.bce import bce_weights, cross_entropy, cross_entropy_slope
+from mlc.heads.expected_positive import epr_term, term_slope
 
 ESTIMATOR_LR_FACTOR = 10.0
 UNKNOWN_LOGIT = math.log(0.6 / 0.4)  # unknown cells start uniform in logits, between 0.4 and 0.6
@@ -38,10 +38,11 @@ def role(logits: Tensor, labels: Tensor, *, estimator_logits: Tensor) -> Tensor:
 
     Source: Cole et al. 2021, equations 7 to 9; ``loss_role`` of the release.
     """
-    probs, estimates = logits.sigmoid(), estimator_logits.sigmoid()
-    observed = bce(logits, labels) + bce(estimator_logits, labels)
-    cross = _cross_entropy(probs, estimates.detach()) + _cross_entropy(estimates, probs.detach())
-    return (observed + cross) / 2
+    positive, negative = bce_weights(labels, logits.dtype)
+    probs, estimates = logits.detach().sigmoid(), estimator_logits.detach().sigmoid()
+    head = cross_entropy(logits, positive + estimates, negative + (1 - estimates))
+    estimator = cross_entropy(estimator_logits, positive + probs, negative + (1 - probs))
+    return (head + estimator) / 2
 
 
 def role_term(
@@ -51,6 +52,28 @@ def role_term(
     head = epr_term(logits, expected_positives=expected_positives)
     estimator = epr_term(estimator_logits, expected_positives=expected_positives)
     return (head + estimator) / 2
+
+
+def role_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    estimator_logits: Tensor,
+    expected_positives: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ROLE's loss by head and estimator, cells and term, in closed form.
+
+    Each is the other's teacher in the same formula, so both go through it at once.
+    """
+    probs = torch.stack([logits, estimator_logits]).sigmoid()
+    other = probs.flip(0)
+    positive, negative = bce_weights(labels, logits.dtype)
+    cells = cross_entropy_slope(probs, positive + other, (negative + 1) - other)
+    slope = torch.add(
+        term_slope(probs, expected_positives), cells, alpha=1 / (probs.shape[-2] * probs.shape[-1])
+    )
+    gradient = slope * probs * (1 - probs) / 2
+    return gradient[0], gradient[1]
 
 
 def initial_estimator_logits(observed: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,7 +89,3 @@ def initial_estimator_logits(observed: Tensor, generator: torch.Generator) -> Te
     uniform = torch.rand(observed.shape, generator=generator) * 2 - 1
     start = torch.where(observed == 0, uniform * UNKNOWN_LOGIT, observed * OBSERVED_LOGIT)
     return start.float()
-
-
-def _cross_entropy(probs: Tensor, targets: Tensor) -> Tensor:
-    return targets * negative_log(probs) + (1 - targets) * negative_log(1 - probs)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mlc.configs import dump, load
 from mlc.configs.errors import MlcError, choose
+from mlc.heads.config import TrainConfig
 from mlc.heads.linear import HEADS
-from mlc.heads.train import TrainConfig
 
 CONFIG, HEAD, METRICS = "config.yaml", "head.safetensors", "metrics.jsonl"
 SCORES, RESULTS = "scores.npz", "results.json"

@@ -1,16 +1,32 @@
-"""sweep(): a grid of heads on one store; finished heads are kept and not trained again."""
+"""sweep(): a grid of heads on one store, in blocks; finished heads are kept, not trained again."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from threading import Event, Lock
 from typing import Literal
 
 from mlc.configs.errors import MlcError, choose, nearest
 from mlc.configs.progress import Progress, silent
-from mlc.heads.fit import Prepared, fit, prepare, run_path
-from mlc.heads.inputs import read_features, read_labels
+from mlc.datasets.labels import LabelTable
+from mlc.heads.config import (
+    ProtocolConfig,
+    TrainConfig,
+    check_config,
+    default_labels,
+    settle_knobs,
+)
+from mlc.heads.fit import Prepared, keep, prepare, resolve, run_path
+from mlc.heads.inputs import Features, read_features, read_labels
 from mlc.heads.losses import LOSSES
+from mlc.heads.plan import Plan, head_steps, plan
 from mlc.heads.run_folder import RESULTS, Run, read_run
-from mlc.heads.train import ProtocolConfig, TrainConfig, check_config, default_labels
+from mlc.heads.train import Diverged, one_thread, train_block
+from mlc.heads.training_labels import check_labels, label_gaps
+
+ALL = ("all",)
 
 
 class SweepConfig(ProtocolConfig):
@@ -19,6 +35,7 @@ class SweepConfig(ProtocolConfig):
     Attributes:
         losses: keys of LOSSES; ("all",) is all of them.
         lr: of Adam.
+        weight_decay: see TrainConfig.
         batch_size: images a step.
         seeds: of the initial weights and the label estimator.
         vary: what else a seed changes: it is then added to ``order_seed`` or to
@@ -28,50 +45,183 @@ class SweepConfig(ProtocolConfig):
 
     losses: tuple[str, ...] = ("all",)
     lr: tuple[float, ...] = (1e-3,)
+    weight_decay: tuple[float, ...] = (0.0,)
     batch_size: tuple[int, ...] = (16,)
     seeds: tuple[int, ...] = (0,)
     vary: tuple[Literal["order", "corruption"], ...] = ()
     out: Path = Path("runs")
 
 
-def sweep(config: SweepConfig, progress: Progress = silent) -> list[Run]:
-    """Train every head of a grid, one after the other.
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep gives.
+
+    Attributes:
+        runs: in the order of the grid.
+        notes: sentences on what was left out, and on what the labels lack.
+    """
+
+    runs: list[Run]
+    notes: list[str]
+
+
+def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
+    """Train every head of a grid that is not there yet.
 
     Args:
         config: the grid.
-        progress: told after each head.
-
-    Returns:
-        The runs, in the order of the grid.
+        progress: told of the steps of all heads together.
 
     Raises:
-        MlcError: whatever is wrong with any head, before the first is trained.
+        MlcError: whatever is wrong with any head, before the first is trained; or heads that
+            diverged, after the last.
         KeyboardInterrupt: with a message that says what is kept.
     """
     grid = grid_of(config)
     for each in grid:
         check_config(each)
-    features = read_features(config.features)
-    table = read_labels(config, features.path)
-    source = table.digest()
-    prepared: dict[tuple[object, ...], Prepared] = {}
-    runs: list[Run] = []
+    work = _prepare(config, grid)
     try:
-        for each in grid:
-            path = run_path(each, features, source, config.out)
-            if not (path / RESULTS).is_file():
-                protocol = (default_labels(each, table), each.corruption_seed)
-                if protocol not in prepared:  # only the last is kept: each holds the features
-                    prepared = {protocol: prepare(each, features, table)}
-                fit(each.model_copy(update={"out": path}), features, prepared[protocol])
-            runs.append(read_run(path))
-            progress(len(runs), len(grid), path.name)
+        _train(work, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{config.out}: stopped, {len(runs)} of {len(grid)} heads are kept; "
-            "the same command goes on from there"
+            f"{config.out}: stopped, {sum(map(_is_there, work.configs))} of {len(work.configs)} "
+            "heads are kept; the same command goes on from there"
         ) from None
-    return runs
+    if work.diverged:
+        raise MlcError(
+            f"{config.out}: {len(work.diverged)} of {len(work.configs)} heads diverged, try a "
+            f"smaller lr: {', '.join(work.diverged)}; the others are kept, mlc report "
+            f"{config.out} compares them"
+        )
+    return Swept([read_run(each.out) for each in work.configs if each.out], work.notes)
+
+
+@dataclass
+class _Work:
+    """A grid, ready to be trained."""
+
+    features: Features
+    prepared: dict[str, Prepared]  # by labels and corruption seed
+    configs: list[TrainConfig] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    diverged: list[str] = field(default_factory=list)
+
+    def prepared_for(self, config: TrainConfig) -> Prepared:
+        """Return labels and splits of a resolved config."""
+        return self.prepared[_protocol(config)]
+
+
+def _prepare(config: SweepConfig, grid: Sequence[TrainConfig]) -> _Work:
+    """Read the inputs once, and settle each head."""
+    features = read_features(config.features)
+    table = read_labels(config, features.path)
+    work = _Work(features, {})
+    source = table.digest()
+    unsuited: dict[str, str] = {}
+    for each in grid:
+        path = run_path(each, features, source, config.out)
+        each = each.model_copy(update={"labels": default_labels(each, table), "out": path})
+        _add_protocol(work, each, table)
+        try:
+            _require_suited(each, work.prepared_for(each))
+        except MlcError as error:  # "all" is those that these labels suit
+            if config.losses != ALL:
+                raise
+            unsuited[each.loss] = str(error)
+        else:
+            work.configs.append(resolve(each, features, work.prepared_for(each)))
+    if not work.configs:
+        raise MlcError(f"losses: none suits these labels; {next(iter(unsuited.values()))}")
+    work.notes += [f"left out {loss}: {reason}" for loss, reason in unsuited.items()]
+    return work
+
+
+def _require_suited(config: TrainConfig, prepared: Prepared) -> None:
+    check_labels(config.loss, prepared.splits["train"].observed.cpu().numpy())
+    settle_knobs(config, prepared.table)
+
+
+def _add_protocol(work: _Work, config: TrainConfig, table: LabelTable) -> None:
+    name = _protocol(config)
+    if name in work.prepared:
+        return
+    like = next(iter(work.prepared.values()), None)
+    prepared = work.prepared[name] = prepare(config, work.features, table, like)
+    observed = prepared.splits["train"].observed.cpu().numpy()
+    gaps = label_gaps(observed, prepared.table.classes)
+    work.notes += [sentence for sentence in gaps if sentence not in work.notes]
+
+
+def _train(work: _Work, progress: Progress) -> None:
+    """Train what is not there yet, a block on each core."""
+    missing = [each for each in work.configs if not _is_there(each)]
+    if not missing:
+        return
+    train = next(iter(work.prepared.values())).splits["train"]
+    images, width = train.features.shape
+    planned = plan(missing, images, width, train.observed.shape[1], train.features.device)
+    counter = _Counter(planned, images, progress)
+    stop = Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise InterruptedError
+
+    with one_thread(), ThreadPoolExecutor(planned.workers) as pool:
+        futures = [
+            pool.submit(_train_and_keep, work, block, counter, check) for block in planned.blocks
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train_and_keep(
+    work: _Work, block: list[TrainConfig], counter: "_Counter", check: Callable[[], None]
+) -> None:
+    prepared = work.prepared_for(block[0])
+    each_epoch = head_steps(block, len(prepared.splits["train"].image_id)) // block[0].epochs
+    trained = train_block(
+        block, prepared.splits, lambda *_: counter.add(each_epoch, heads=0), check
+    )
+    for config, head in zip(block, trained, strict=True):
+        if isinstance(head, Diverged):
+            work.diverged.append(str(config.out))
+        else:
+            keep(config, head, work.features, prepared)
+    counter.add(0, heads=len(block))
+
+
+class _Counter:
+    """Tells one progress of what several blocks do."""
+
+    def __init__(self, planned: Plan, images: int, progress: Progress) -> None:
+        self._lock = Lock()
+        self._progress = progress
+        self._steps, self._heads = 0, 0
+        self._all_steps = sum(head_steps(block, images) for block in planned.blocks)
+        self._all_heads = sum(map(len, planned.blocks))
+
+    def add(self, steps: int, heads: int) -> None:
+        """Take the news of a block."""
+        with self._lock:
+            self._steps += steps
+            self._heads += heads
+            note = f"{self._heads} of {self._all_heads} heads"
+            self._progress(self._steps, self._all_steps, note)
+
+
+def _protocol(config: TrainConfig) -> str:
+    return f"{config.labels} {config.corruption_seed}"
+
+
+def _is_there(config: TrainConfig) -> bool:
+    return config.out is not None and (config.out / RESULTS).is_file()
 
 
 def grid_of(config: SweepConfig) -> list[TrainConfig]:
@@ -80,8 +230,8 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
     Raises:
         MlcError: a list is empty, a loss is unknown, or a knob belongs to none of the losses.
     """
-    losses = tuple(LOSSES) if config.losses == ("all",) else config.losses
-    for name in ("losses", "batch_size", "lr", "seeds"):
+    losses = tuple(LOSSES) if config.losses == ALL else config.losses
+    for name in ("losses", "batch_size", "lr", "weight_decay", "seeds"):
         values = getattr(config, name)
         if not values:
             raise MlcError(f"{name}: is empty; give at least one")
@@ -94,11 +244,14 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
             raise MlcError(f"knobs: none of these losses has {knob!r}; {nearest(knob, names)}")
     common = config.model_dump(include=set(ProtocolConfig.model_fields))
     grid = []
-    for loss, size, lr, seed in product(losses, config.batch_size, config.lr, config.seeds):
+    for loss, size, lr, decay, seed in product(
+        losses, config.batch_size, config.lr, config.weight_decay, config.seeds
+    ):
         own = {
             "loss": loss,
             "batch_size": size,
             "lr": lr,
+            "weight_decay": decay,
             "seed": seed,
             "knobs": {name: each for name, each in config.knobs.items() if name in known[loss]},
             **{f"{what}_seed": getattr(config, f"{what}_seed") + seed for what in config.vary},

@@ -77,6 +77,11 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
         MlcError: the backbone cannot be had, or is not the same any more.
     """
     made = run.results["features"]
+    if made["backbone_config"] is None:
+        raise MlcError(
+            f"{run.path}: was trained on imported features, and no backbone here makes the same "
+            "of images; train on a store of mlc extract to use a run on images"
+        )
     settings = dict(made["backbone_config"]) | {
         "device": device,
         "precision": made["key"]["precision"],

@@ -65,6 +65,6 @@ def demo_heads(config: DemoConfig) -> Report:
         out=config.out / "runs",
     )
     with progress_bar("train", "heads") as progress:
-        runs = sweep(asked, progress)
+        runs = sweep(asked, progress).runs
     with progress_bar("bootstrap", "heads") as progress:
         return make_report(runs, progress=progress)

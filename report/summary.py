@@ -1,14 +1,18 @@
 """What commands say at their end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlc.configs.errors import choose
 from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
+from mlc.report.mlspl_paper import data_set_of, mlspl_note, mlspl_records
+from mlc.report.per_class import class_note, class_records, require_baseline
 from mlc.report.table import Report
-from mlc.report.written import PARTIAL, footnote, to_records
+from mlc.report.written import PARTIAL, check_table_path, footnote, to_records, write_table
 
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
     from mlc.extract.run import ExtractReport
@@ -59,10 +63,52 @@ def print_metrics(metrics: Mapping[str, Any], split: str) -> None:
         )
 
 
-def print_report(report: Report) -> None:
-    """Print a table of runs and its footnote."""
-    print_table(to_records(report))
-    click.echo(footnote(report))
+def check_report(
+    runs: Sequence[Run],
+    against: str | None = None,
+    per_class: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Raise an MlcError for what ``print_report`` would refuse, before minutes of bootstrap."""
+    if out is not None:
+        check_table_path(out)
+    if against is not None:
+        _, _, data_set_of = choose(AGAINST, against, "paper")
+        data_set_of(runs[0])
+    if per_class:
+        require_baseline(runs)
+
+
+def print_report(
+    report: Report,
+    *,
+    against: str | None = None,
+    per_class: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Print a table of runs and its footnote.
+
+    Args:
+        report: by ``make_report``.
+        against: a key of AGAINST: the runs beside a paper's figures, instead of each other.
+        per_class: print also which classes gain over tuned AN.
+        out: write the table to this .md or .csv file too, and that of the classes beside it.
+
+    Raises:
+        MlcError: see ``check_report``.
+    """
+    to_text = (to_records, footnote) if against is None else AGAINST[against][:2]
+    tables = [(to_text, out)]
+    if per_class:
+        beside = None if out is None else out.with_name(f"{out.stem}-classes{out.suffix}")
+        tables.append(((class_records, class_note), beside))
+    for (records_of, note_of), path in tables:
+        records, note = records_of(report), note_of(report)
+        print_table(records)
+        click.echo(note)
+        if path is not None:
+            write_table(records, note, path)
+            click.echo(f"table: {path}")
 
 
 def _figures(metrics: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -71,3 +117,5 @@ def _figures(metrics: Mapping[str, Any], names: tuple[str, ...]) -> str:
 
 AP = ("mAP", "mAP_asl", "mAP_voc")
 PRECISION_RECALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+# A paper -> the records and the note of its table, and what refuses runs of other data sets.
+AGAINST = {"mlspl": (mlspl_records, mlspl_note, data_set_of)}

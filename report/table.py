@@ -1,10 +1,9 @@
-"""The table of runs: mean and deviation over seeds, and what can be told from the best."""
+"""The table of runs: mean and deviation over seeds, and what can be told apart."""
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +12,30 @@ from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import probabilities
-from mlc.report.bootstrap import resample_weights, resampled_map
+from mlc.report import groups as grouping
+from mlc.report.bootstrap import resample_weights, resampled_map, resampled_mean
+from mlc.report.groups import Group
 
-SEEDS = frozenset({"seed", "order_seed", "corruption_seed"})
-PLACES = frozenset({"out", "device", "features", "root"})
-FOLLOWS_LOSS = frozenset({"knobs", "labels"})
-KEY = "features."  # before the fields of the features' key
-TUNED = ("lr", "batch_size")  # chosen for each row by validation, as the papers' grids are
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
+BASELINE = "an"  # the loss that a method should beat: assume negative, tuned
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two mean test mAPs, in points.
+
+    Attributes:
+        value: of the means over seeds.
+        interval: 95 %, by the bootstrap.
+    """
+
+    value: float
+    interval: tuple[float, float]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it is larger than the noise: the interval leaves 0 out."""
+        return not self.interval[0] <= 0 <= self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -28,26 +43,31 @@ class Row:
     """Runs that differ in their seeds alone.
 
     Attributes:
+        runs: in the order of their seeds.
         name: the settings in which the rows of a table differ.
-        lr: learning rate.
-        batch_size: images a step.
-        seeds: number of runs.
+        title: the name as text; what was tuned is added where two rows have the same.
+        tuned: what validation chose, as text: "lr", "batch", "weight decay".
         val: mean validation mAP, in per cent, like all that follows.
         test: mean test mAP.
         deviation: sample standard deviation of the test mAP; NaN of one run.
-        behind: test mAP minus that of the best row.
-        interval: of ``behind``, 95 %.
+        behind: minus the best row.
+        over_an: minus tuned AN; None if there is none in the table.
     """
 
+    runs: tuple[Run, ...]
     name: dict[str, str]
-    lr: float
-    batch_size: int
-    seeds: int
+    title: str
+    tuned: dict[str, str]
     val: float
     test: float
     deviation: float
-    behind: float
-    interval: tuple[float, float]
+    behind: Difference
+    over_an: Difference | None
+
+    @property
+    def seeds(self) -> int:
+        """Return the number of runs."""
+        return len(self.runs)
 
 
 @dataclass(frozen=True)
@@ -56,17 +76,26 @@ class Report:
 
     Attributes:
         rows: best test mAP first.
-        prior: mAP of a constant score: the mean share of positives.
+        baseline: the row of tuned AN, the one of the best validation mAP; None if there is none.
+        classes: L names.
+        test_positives: (L,) test images of each class.
         images: number of test images.
         resamples: of the intervals.
         truth_known: whether the test labels are all that is there.
     """
 
     rows: list[Row]
-    prior: float
+    baseline: Row | None
+    classes: tuple[str, ...]
+    test_positives: NDArray[np.int64]
     images: int
     resamples: int
     truth_known: bool
+
+    @property
+    def prior(self) -> float:
+        """Return the mAP of a constant score: the mean share of positives, in per cent."""
+        return 100 * float((self.test_positives / self.images).mean())
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
@@ -94,9 +123,10 @@ def make_report(
 ) -> Report:
     """Compare runs.
 
-    Runs are grouped over seeds. Of groups that differ only in ``TUNED`` the one with the best
+    Runs are grouped over seeds. Of groups that differ only in what is tuned the one with the best
     mean validation mAP stands for them, the papers' protocol. Differences are of means over
-    seeds; their intervals are from a paired bootstrap over test images.
+    seeds; their intervals are from a bootstrap over test images and seeds, paired where rows
+    share them (``resampled_mean``).
 
     Args:
         runs: of the same test images and classes.
@@ -107,64 +137,27 @@ def make_report(
     Raises:
         MlcError: the runs are of other test images or classes.
     """
-    groups = _group(runs)
+    groups = grouping.group_over_seeds(runs)
     if not every_setting:
-        groups = _best_settings(groups)
+        groups = grouping.best_settings(groups)
     chosen = [run for group in groups for run in group]
-    first = _require_same_test(chosen)
-    weights = resample_weights(len(first["true"]), resamples)
-    samples = {}
-    for done, run in enumerate(chosen, start=1):
-        scores = run.scores()
-        samples[run.path] = resampled_map(probabilities(scores["logits"]), scores["true"], weights)
-        progress(done, len(chosen), run.path.name)
+    true = _require_same_test(chosen)
+    groups.sort(key=lambda group: -grouping.mean_test_map(group))
+    means = _resampled_means(groups, true, resamples, progress)
+    baseline = _baseline(groups)
+    rows = _rows(groups, means, baseline)
     return Report(
-        rows=_rows(groups, samples),
-        prior=100 * float(first["true"].mean(axis=0).mean()),
-        images=len(first["true"]),
+        rows=rows,
+        baseline=None if baseline is None else rows[baseline],
+        classes=chosen[0].classes,
+        test_positives=true.sum(axis=0),
+        images=len(true),
         resamples=resamples,
         truth_known=all(run.results["truth_known"] for run in chosen),
     )
 
 
-def _settings(run: Run, without: frozenset[str]) -> dict[str, str]:
-    """Return what a run is, as text, the hash of its features in the place of their path."""
-    config = run.config.model_dump(mode="json", exclude=set(without | PLACES))
-    features = run.results["features"]
-    config["features"] = f"{features['backbone']} {features['key']['size_px']} px"
-    config |= {f"{KEY}{field}": value for field, value in features["key"].items()}
-    config |= {"photos": features["digest"][:8], "table": run.results["labels_digest"][:8]}
-    return {name: json.dumps(value) for name, value in config.items()}
-
-
-def _group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs over seeds; the same head in two folders is one."""
-    different = {json.dumps(_settings(run, frozenset())): run for run in runs}
-    groups: dict[str, list[Run]] = {}
-    for run in different.values():
-        groups.setdefault(json.dumps(_settings(run, SEEDS)), []).append(run)
-    return list(groups.values())
-
-
-def _best_settings(groups: list[list[Run]]) -> list[list[Run]]:
-    best: dict[str, list[Run]] = {}
-    for group in groups:
-        method = json.dumps(_settings(group[0], SEEDS | frozenset(TUNED)))
-        if method not in best or _selection(group) > _selection(best[method]):
-            best[method] = group
-    return list(best.values())
-
-
-def _selection(group: Sequence[Run]) -> float:
-    """Return the mean validation mAP, of clean or observed labels as the protocol says."""
-    return float(np.mean([run.results["selection_mAP"] for run in group]))
-
-
-def _test(group: Sequence[Run]) -> float:
-    return float(np.mean([run.results["test"]["mAP"] for run in group]))
-
-
-def _require_same_test(runs: Sequence[Run]) -> dict[str, NDArray[Any]]:
+def _require_same_test(runs: Sequence[Run]) -> NDArray[np.bool_]:
     first = runs[0].scores()
     for run in runs[1:]:
         scores = run.scores()
@@ -174,50 +167,68 @@ def _require_same_test(runs: Sequence[Run]) -> dict[str, NDArray[Any]]:
                     f"{run.path}: its test images or classes are not those of {runs[0].path}; "
                     "report them apart"
                 )
-    return first
+    true: NDArray[np.bool_] = first["true"]
+    return true
 
 
-def _rows(groups: list[list[Run]], samples: dict[Path, NDArray[np.float64]]) -> list[Row]:
-    names = _names(groups)
-    means = [np.mean([samples[run.path] for run in group], axis=0) for group in groups]
-    order = sorted(range(len(groups)), key=lambda index: -_test(groups[index]))
-    best = order[0]
-    rows = []
-    for index in order:
-        group = groups[index]
-        tests = [run.results["test"]["mAP"] for run in group]
-        low, high = np.percentile(means[index] - means[best], LEVEL)
-        rows.append(
-            Row(
-                name=names[index],
-                lr=group[0].config.lr,
-                batch_size=group[0].config.batch_size,
-                seeds=len(group),
-                val=_selection(group),
-                test=float(np.mean(tests)),
-                deviation=float(np.std(tests, ddof=1)) if len(tests) > 1 else float("nan"),
-                behind=float(np.mean(tests)) - _test(groups[best]),
-                interval=(float(low), float(high)),
-            )
-        )
-    return rows
+def _resampled_means(
+    groups: Sequence[Group], true: NDArray[np.bool_], resamples: int, progress: Progress
+) -> list[NDArray[np.float64]]:
+    """Return for each group (R,) its mean test mAP when images and seeds are drawn again."""
+    weights = resample_weights(len(true), resamples)
+    total = sum(len(group) for group in groups)
+    means, done = [], 0
+    for group in groups:
+        samples = []
+        for run in group:
+            samples.append(resampled_map(probabilities(run.scores()["logits"]), true, weights))
+            done += 1
+            progress(done, total, run.path.name)
+        means.append(resampled_mean(samples, [grouping.seeds_of(run) for run in group]))
+    return means
 
 
-def _names(groups: list[list[Run]]) -> list[dict[str, str]]:
-    """Return for each group the loss, and each other setting in which the table's rows differ."""
-    settings = [_settings(group[0], SEEDS | frozenset(TUNED)) for group in groups]
-    varied = [name for name in settings[0] if name != "loss" and _varies(name, settings)]
+def _baseline(groups: Sequence[Group]) -> int | None:
+    """Return which group is tuned AN."""
+    found = [index for index, group in enumerate(groups) if group[0].config.loss == BASELINE]
+    return max(found, key=lambda index: grouping.selection_map(groups[index]), default=None)
+
+
+def _rows(
+    groups: Sequence[Group], means: Sequence[NDArray[np.float64]], baseline: int | None
+) -> list[Row]:
+    names = grouping.names_of(groups)
+    tests = [[run.results["test"]["mAP"] for run in group] for group in groups]
+
+    def minus(index: int, other: int) -> Difference:
+        low, high = np.percentile(means[index] - means[other], LEVEL)
+        value = float(np.mean(tests[index])) - float(np.mean(tests[other]))
+        return Difference(value, (float(low), float(high)))
+
     return [
-        {"loss": json.loads(each["loss"])} | {name: each[name].strip('"') for name in varied}
-        for each in settings
+        Row(
+            runs=tuple(group),
+            name=names[index],
+            title=title,
+            tuned=grouping.tuned_of(group),
+            val=grouping.selection_map(group),
+            test=float(np.mean(tests[index])),
+            deviation=float(np.std(tests[index], ddof=1)) if len(group) > 1 else float("nan"),
+            behind=minus(index, 0),
+            over_an=None if baseline is None else minus(index, baseline),
+        )
+        for index, (group, title) in enumerate(zip(groups, _titles(groups, names), strict=True))
     ]
 
 
-def _varies(name: str, settings: list[dict[str, str]]) -> bool:
-    """Whether a setting differs of its own, not because the loss or the backbone does."""
-    values: dict[str, set[str]] = {}
-    for each in settings:
-        group = each["loss"] if name in FOLLOWS_LOSS else ""
-        group += each["features"] if name.startswith(KEY) else ""
-        values.setdefault(group, set()).add(each[name])
-    return any(len(each) > 1 for each in values.values())
+def _titles(groups: Sequence[Group], names: Sequence[dict[str, str]]) -> list[str]:
+    titles = [" ".join(value for value in name.values() if value) for name in names]
+    count = Counter(titles)
+    return [
+        title if count[title] == 1 else f"{title} {_tuning(group)}"
+        for title, group in zip(titles, groups, strict=True)
+    ]
+
+
+def _tuning(group: Group) -> str:
+    return " ".join(f"{name} {value}" for name, value in grouping.tuned_of(group).items() if value)

@@ -2,8 +2,8 @@
 
 import csv
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,38 +12,68 @@ from mlc.configs.files import written_aside
 from mlc.report.table import Report, Row
 
 PARTIAL = "The truth is not known: labels that are not observed positives count as absent here."
+DECAY = "weight decay"  # a column only where it is not the same for all rows
+Records = Sequence[Mapping[str, str]]
 
 
-def to_records(report: Report) -> list[dict[str, Any]]:
-    """Return the rows as flat records of text and numbers, for CSV and Markdown."""
-    return [
-        {
+def to_records(report: Report) -> list[dict[str, str]]:
+    """Return the rows as flat records of text and numbers, for a terminal, CSV and Markdown."""
+    one_decay = len({row.tuned[DECAY] for row in report.rows}) == 1
+    records = []
+    for index, row in enumerate(report.rows):
+        low, high = row.behind.interval
+        record = {
             **row.name,
-            "lr": f"{row.lr:g}",
-            "batch": str(row.batch_size),
+            **{name: value for name, value in row.tuned.items() if name != DECAY or not one_decay},
             "seeds": str(row.seeds),
             "val mAP": f"{row.val:.2f}",
             "test mAP": f"{row.test:.2f}",
-            "std": "" if np.isnan(row.deviation) else f"{row.deviation:.2f}",
-            "to best": f"{row.behind:+.2f}" if index else "best",
-            "95 % interval": f"{row.interval[0]:+.2f} to {row.interval[1]:+.2f}" if index else "",
+            "std": deviation_text(row),
+            "to best": f"{row.behind.value:+.2f}" if index else "best",
+            "95 % interval": f"{low:+.2f} to {high:+.2f}" if index else "",
         }
-        for index, row in enumerate(report.rows)
-    ] + [_prior_record(report)]
+        records.append(record)
+    prior = dict.fromkeys(records[0], "") | {"test mAP": f"{report.prior:.2f}"}
+    prior[next(iter(prior))] = "class prior"
+    return [*records, prior]
 
 
-def to_markdown(report: Report) -> str:
-    """Return the table as Markdown."""
-    records = to_records(report)
+def deviation_text(row: Row) -> str:
+    """Return the deviation over seeds, or nothing where one run has none."""
+    return "" if np.isnan(row.deviation) else f"{row.deviation:.2f}"
+
+
+def footnote(report: Report) -> str:
+    """Say what the columns are, and which differences are larger than the noise."""
+    alone = [row.title for row in report.rows if row.seeds == 1]
+    drawn = "images" if len(alone) == len(report.rows) else "images and seeds"
+    lines = [
+        f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
+        f"paired bootstrap over {drawn}, {report.resamples:,} resamples."
+    ]
+    if alone:
+        whose = "any row" if len(alone) == len(report.rows) else _list(alone)
+        lines.append(f"One seed: the noise of seeds is not covered for {whose}.")
+    if not report.truth_known:
+        lines.append(PARTIAL)
+    best = report.rows[0]
+    if len(report.rows) > 1:
+        lines.append(_against_best(best, report.rows[1:]))
+    if report.baseline is not None and report.baseline is not best:
+        lines.append(_against_baseline(report.baseline, report.rows))
+    return "\n".join(lines)
+
+
+def to_markdown(records: Records) -> str:
+    """Return records of the same keys as a Markdown table."""
     columns = list(records[0])
     lines = [columns, ["---"] * len(columns), *([each[c] for c in columns] for each in records)]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def to_csv(report: Report) -> str:
-    """Return the table as CSV."""
-    records = to_records(report)
+def to_csv(records: Records) -> str:
+    """Return records of the same keys as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]))
     writer.writeheader()
@@ -51,15 +81,18 @@ def to_csv(report: Report) -> str:
     return text.getvalue()
 
 
-def write_table(report: Report, path: Path) -> None:
-    """Write the table as ``.md`` or ``.csv``.
+def write_table(records: Records, note: str, path: Path) -> None:
+    """Write records as ``.md``, with the note under them, or as ``.csv``, without.
 
     Raises:
         MlcError: the path ends in neither.
     """
     check_table_path(path)
+    text = TABLES[path.suffix](records)
+    if path.suffix == ".md":
+        text += "\n" + note.replace("\n", "  \n") + "\n"  # two spaces keep the line's end
     with written_aside(path) as partial:
-        partial.write_text(TABLES[path.suffix](report))
+        partial.write_text(text)
 
 
 def check_table_path(path: Path) -> None:
@@ -67,30 +100,34 @@ def check_table_path(path: Path) -> None:
     choose(TABLES, path.suffix, "kind of table")
 
 
-def footnote(report: Report) -> str:
-    """Say what the columns are, and what cannot be told apart."""
-    same = [" ".join(row.name.values()) for row in report.rows[1:] if _ties_best(row)]
-    text = (
-        f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
-        f"paired bootstrap over images, {report.resamples:,} resamples."
+def _against_best(best: Row, others: Sequence[Row]) -> str:
+    worse = [row.title for row in others if row.behind.is_clear]
+    same = [row.title for row in others if not row.behind.is_clear]
+    return (
+        f"Told apart from the best, {best.title}: {_list(worse)}. "
+        f"Cannot be told apart from the best: {_list(same)}."
     )
-    if not report.truth_known:
-        text += f" {PARTIAL}"
-    if same:
-        text += f" Cannot be told apart from the best: {', '.join(same)}."
-    return text
 
 
-def _prior_record(report: Report) -> dict[str, str]:
-    names = dict.fromkeys(report.rows[0].name, "")
-    names[next(iter(names))] = "class prior"
-    empty = dict.fromkeys(("lr", "batch", "seeds", "val mAP"), "")
-    tail = dict.fromkeys(("std", "to best", "95 % interval"), "")
-    return names | empty | {"test mAP": f"{report.prior:.2f}"} | tail
+def _against_baseline(baseline: Row, rows: Sequence[Row]) -> str:
+    better: list[str] = []
+    worse: list[str] = []
+    same: list[str] = []
+    for row in rows:
+        if row is baseline or row.over_an is None:
+            continue
+        if not row.over_an.is_clear:
+            same.append(row.title)
+        else:
+            (better if row.over_an.value > 0 else worse).append(row.title)
+    return (
+        f"Better than tuned AN, {baseline.title}: {_list(better)}. Worse: {_list(worse)}. "
+        f"Cannot be told apart from it: {_list(same)}."
+    )
 
 
-def _ties_best(row: Row) -> bool:
-    return row.interval[0] <= 0 <= row.interval[1]
+def _list(titles: Iterable[str]) -> str:
+    return ", ".join(titles) or "none"
 
 
 TABLES = {".csv": to_csv, ".md": to_markdown}

@@ -59,7 +59,7 @@ class FeatureStore:
             done = int((self.status != schema.PENDING).sum())
             raise MlcError(
                 f"{path}: unfinished, {done} of {len(self.status)} images are extracted; "
-                "run the same mlc extract again, it goes on where it stopped"
+                "run the same command again, it goes on where it stopped"
             )
 
     def _require_whole(self) -> None:

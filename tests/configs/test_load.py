@@ -12,8 +12,8 @@ from mlc.configs import Config, dump, load, recipes
 from mlc.configs.errors import MlcError
 from mlc.datasets.prepare import PrepareConfig
 from mlc.extract.run import ExtractConfig
+from mlc.heads.config import TrainConfig
 from mlc.heads.sweep import SweepConfig
-from mlc.heads.train import TrainConfig
 from mlc.report.demo import DemoConfig
 
 COMMANDS: dict[str, type[Config]] = {

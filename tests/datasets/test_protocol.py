@@ -1,6 +1,7 @@
 """Splits and single positives: the authors' numbers, and what holds of any table."""
 
 from dataclasses import replace
+from typing import get_args
 
 import golden
 import numpy as np
@@ -12,10 +13,17 @@ from shared import need
 
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels
-from mlc.datasets.protocol import apply_protocol, assign_splits, observe, validation_rows
+from mlc.datasets.protocol import (
+    Labels,
+    apply_protocol,
+    assign_splits,
+    observe,
+    validation_rows,
+)
 
 GOLDEN = golden.load("mlspl/labels.json")
 TRUE = np.array(GOLDEN["labels"], dtype=bool)
+SINGLE = ("single-positive", "one-positive-one-negative", "one-positive-all-negatives")
 
 
 def table_of(true: np.ndarray, split: list[str], dataset: str = "coco") -> LabelTable:
@@ -71,6 +79,32 @@ def test_a_table_in_the_papers_form_gets_the_authors_split_and_positives() -> No
     np.testing.assert_array_equal(table.observed[len(TRUE) :], wanted)  # a generator of its own
     np.testing.assert_array_equal(np.flatnonzero(table.split == "val"), GOLDEN["split"]["val"])
     np.testing.assert_array_equal(np.flatnonzero(table.split == "train"), GOLDEN["split"]["train"])
+
+
+def test_one_positive_and_one_negative_are_the_authors_bit_for_bit() -> None:
+    official = table_of(np.concatenate([TRUE, TRUE]), ["test"] * len(TRUE) + ["train"] * len(TRUE))
+    observed = apply_protocol(official, "one-positive-one-negative").observed
+    wanted = GOLDEN["observed"]["pos1_neg1_seed1200"]
+    np.testing.assert_array_equal(observed[: len(TRUE)], wanted)
+    np.testing.assert_array_equal(observed[len(TRUE) :], wanted)
+
+
+@pytest.mark.parametrize("seed", [1200, 7])
+def test_the_single_positive_is_the_same_whatever_negatives_are_shown(seed: int) -> None:
+    table = random_table(["train"] * 40 + ["test"] * 20)
+    single, one, every = (
+        apply_protocol(table, labels, corruption_seed=seed).observed for labels in SINGLE
+    )
+    np.testing.assert_array_equal(
+        single,
+        np.concatenate([observe(table.true[:40], seed=seed), observe(table.true[40:], seed=seed)]),
+    )
+    np.testing.assert_array_equal(one == 1, single == 1)
+    np.testing.assert_array_equal(every == 1, single == 1)
+    np.testing.assert_array_equal((one == -1).sum(axis=1), ~table.true.all(axis=1))
+    assert not ((one == -1) & table.true).any()
+    np.testing.assert_array_equal(every == -1, ~table.true)
+    assert {each.dtype for each in (single, one, every)} == {np.dtype(np.int8)}
 
 
 matrices = arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 9)))
@@ -200,7 +234,7 @@ def test_the_table_that_came_in_is_not_changed() -> None:
     np.testing.assert_array_equal(table.observed, before)
 
 
-@pytest.mark.parametrize("labels", ["full", "single-positive"])
+@pytest.mark.parametrize("labels", sorted({*get_args(Labels)} - {"as-given"}))
 def test_labels_that_need_the_truth_are_refused_without_it(labels) -> None:
     table = replace(random_table([""] * 30), true=None)
     with pytest.raises(MlcError, match=rf"labels: '{labels}' needs the true .* --labels as-given"):

@@ -10,7 +10,7 @@ from mlc.datasets import source
 from mlc.datasets.images import find_images
 from mlc.datasets.labels import load_labels
 from mlc.datasets.prepare import PrepareConfig, prepare
-from mlc.datasets.source import DATASETS, DataConfig, read_images
+from mlc.datasets.source import DATASETS, DataConfig, default_root, read_images
 
 
 @pytest.fixture
@@ -66,15 +66,65 @@ def test_an_unknown_data_set_is_refused_with_what_there_is(name: str) -> None:
         read_images(DataConfig(data=name))
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_every_data_set_reads_a_root_and_the_switch(name: str, tmp_path: Path, monkeypatch) -> None:
+WIDTHS = {"coco-formatted": 80, "cub": 312, "nuswide": 81, "voc-formatted": 20}
+
+
+@pytest.mark.parametrize("written", WIDTHS)
+@pytest.mark.parametrize("asked", WIDTHS)
+def test_a_formatted_data_set_is_not_read_as_another(
+    tmp_path: Path, written: str, asked: str
+) -> None:
+    for part, number in (("train", 1), ("val", 2)):
+        image = f"COCO_{part}2014_{number:012}.jpg"
+        np.save(tmp_path / f"formatted_{part}_images.npy", np.array([image]))
+        np.save(tmp_path / f"formatted_{part}_labels.npy", np.ones((1, WIDTHS[written])))
+    config = DataConfig(data=asked, root=tmp_path)
+    if asked == written:
+        table = read_images(config).labels
+        assert table.dataset == asked.removesuffix("-formatted")
+        assert (table.image_id[0] == "1") == (asked == "coco-formatted")
+    else:
+        with pytest.raises(MlcError, match=rf"expected {WIDTHS[asked]} classes, got"):
+            read_images(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("coco", r"new: no train2014"),
+        ("coco-formatted", r"new: no formatted_train_labels.npy"),
+        ("cub", r"new: no formatted_train_labels.npy"),
+        ("digits", None),
+        ("nuswide", r"new: no formatted_train_labels.npy"),
+        ("voc", r"new: no ImageSets/Main"),
+        ("voc-formatted", r"new: no formatted_train_labels.npy"),
+    ],
+)
+def test_every_data_set_reads_a_root_and_the_switch(
+    name: str, sentence: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlc.datasets.digits.IMAGES", {"train": 2, "val": 1, "test": 1})
     asked = DataConfig(data=name, root=tmp_path / "new", keep_unlabelled=True)
-    if name == "coco":
-        with pytest.raises(MlcError, match=r"new: no train2014"):
-            read_images(asked)
-    else:
+    if sentence is None:
         assert read_images(asked).labels.dataset == name
+    else:
+        with pytest.raises(MlcError, match=sentence):
+            read_images(asked)
+
+
+def test_every_data_set_is_in_the_test_above() -> None:
+    (mark,) = test_every_data_set_reads_a_root_and_the_switch.pytestmark
+    assert [name for name, _ in mark.args[1]] == list(DATASETS)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_default_root_is_named_like_the_data_set(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLC_DATA", raising=False)
+    assert default_root(name) == Path("data") / name
+    monkeypatch.setenv("MLC_DATA", "/disk")
+    assert default_root(name) == Path("/disk") / name
 
 
 def test_a_wrong_root_is_told_by_its_first_image(tmp_path: Path) -> None:

@@ -1,16 +1,23 @@
 """Metrics: scikit-learn and slow loops as oracles, on data with ties and classes without any."""
 
+import sys
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
+from mlc.configs.errors import MlcError
+from mlc.heads import metrics_torch
 from mlc.heads.metrics import (
+    best_classes,
     evaluate,
     mean_ap,
     precision_recall,
+    precision_recall_at_k,
     ranked_ap,
     step_ap,
     top_k,
@@ -136,6 +143,186 @@ def test_without_ties_the_step_sum_is_the_ranked_one_and_less_than_the_envelope(
     assert (ranked_ap(scores, targets, interpolated=True) > ranked).all()
 
 
+def step_ap_on_torch(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    got = metrics_torch.step_ap(torch.from_numpy(scores.copy()), torch.from_numpy(targets.copy()))
+    assert got.dtype == torch.float64
+    return got.numpy()
+
+
+BOTH = pytest.mark.parametrize("function", [step_ap, step_ap_on_torch], ids=["numpy", "torch"])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Few distinct scores, so most are tied; any share of positives, none and all included."""
+    images, classes = draw(st.integers(1, 12)), draw(st.integers(1, 20))
+    dtype = draw(st.sampled_from([np.float32, np.float64]))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = generator.integers(-draw(st.integers(0, 6)), 1, (images, classes)) * dtype(0.1)
+    return values.astype(dtype), generator.random((images, classes)) < draw(st.floats(0, 1))
+
+
+def assert_scikit_learns(got: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> None:
+    for column, value in enumerate(got):
+        if targets[:, column].any():
+            want = average_precision_score(targets[:, column], scores[:, column])
+            assert value == pytest.approx(want, rel=0, abs=1e-12)
+        else:
+            assert np.isnan(value)
+
+
+@BOTH
+@settings(deadline=None)
+@given(table=tables())
+def test_step_ap_of_any_table_is_scikit_learns(function, table) -> None:
+    assert_scikit_learns(function(*table), *table)
+
+
+@settings(deadline=None)
+@given(tables())
+def test_ranked_ap_of_any_table_is_its_definition_in_a_loop(table) -> None:
+    scores, targets = table
+    for interpolated, slow in ((False, slow_ranked_ap), (True, slow_voc_ap)):
+        got = ranked_ap(scores, targets, interpolated=interpolated)
+        for column, value in enumerate(got):
+            own = scores[:, column], targets[:, column]
+            assert np.isnan(value) or value == pytest.approx(slow(*own), rel=1e-12)
+            assert np.isnan(value) == (not own[1].any())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_both_zeros_tie_and_infinities_are_the_extremes(dtype) -> None:
+    scores = np.array([[0.0], [-0.0], [-1], [-np.inf], [np.inf], [-0.0], [0.0]], dtype=dtype)
+    targets = np.array([[0], [1], [0], [1], [0], [0], [1]], dtype=bool)
+    assert step_ap(scores, targets)[0] == pytest.approx((2 / 5 + 2 / 5 + 3 / 7) / 3)
+    assert step_ap_on_torch(scores, targets)[0] == pytest.approx((2 / 5 + 2 / 5 + 3 / 7) / 3)
+    assert ranked_ap(scores, targets)[0] == pytest.approx((1 / 3 + 2 / 5 + 3 / 7) / 3)
+
+
+def heads_of(dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return (2, 3) heads of 40 classes: several jobs each; class 17 has no positives."""
+    scores = np.stack([logits_of(20 + seed, 200, 40).round(1) for seed in range(6)])
+    targets = targets_of(20, 200, 40)
+    targets[:, 17] = False
+    return scores.reshape(2, 3, 200, 40).astype(dtype), targets
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_head_in_a_batch_is_bit_equal_to_the_same_head_alone(function, dtype) -> None:
+    scores, targets = heads_of(dtype)
+    batch = function(scores, targets)
+    assert batch.shape == (2, 3, 40)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(batch[index], function(scores[index], targets))
+        assert_scikit_learns(batch[index], scores[index], targets)
+    assert len(np.unique(batch[..., 0])) == 6  # the heads do differ
+
+
+@BOTH
+def test_every_head_may_have_its_own_targets(function) -> None:
+    scores, _ = heads_of(np.float32)
+    targets = np.stack([targets_of(40 + seed, 200, 40) for seed in range(6)]).reshape(scores.shape)
+    targets[0, 1, :, 5] = False
+    batch = function(scores, targets)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(batch[index], function(scores[index], targets[index]))
+    assert np.argwhere(np.isnan(batch)).tolist() == [[0, 1, 5]]
+
+
+def test_neither_threads_nor_the_layout_in_memory_change_a_bit() -> None:
+    scores, targets = heads_of(np.float32)
+    want, threads = step_ap(scores, targets), torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            np.testing.assert_array_equal(step_ap(scores, targets), want)
+    finally:
+        torch.set_num_threads(threads)
+    strided = np.ascontiguousarray(np.moveaxis(scores, 0, -1))
+    flipped = np.asfortranarray(targets)
+    np.testing.assert_array_equal(step_ap(np.moveaxis(strided, -1, 0), flipped), want)
+
+
+def test_the_inputs_of_every_metric_stay_as_they_are() -> None:
+    scores, targets = np.asfortranarray(logits_of(12).astype(np.float32)), targets_of(12)
+    before = scores.copy(), targets.copy()
+    evaluate(scores, targets, [*"abcdef"])
+    step_ap_on_torch(scores, targets)
+    np.testing.assert_array_equal(scores, before[0])
+    np.testing.assert_array_equal(targets, before[1])
+
+
+def test_mean_ap_is_a_float_for_one_head_and_an_array_for_several() -> None:
+    scores, targets = heads_of(np.float32)
+    batch = mean_ap(scores, targets)
+    assert batch.shape == (2, 3)
+    on_torch = metrics_torch.mean_ap(torch.from_numpy(scores), torch.from_numpy(targets))
+    for index in np.ndindex(2, 3):
+        alone = mean_ap(scores[index], targets)
+        assert type(alone) is float
+        assert alone == batch[index] == 100 * np.nan_to_num(step_ap(scores[index], targets)).mean()
+    np.testing.assert_allclose(on_torch, batch, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_torch_twin_is_the_numpy_one(name: str) -> None:
+    scores, targets = SCORES[name], targets_of(13)
+    targets[:, 4] = False
+    np.testing.assert_allclose(step_ap_on_torch(scores, targets), step_ap(scores, targets), **CLOSE)
+
+
+def test_nan_scores_are_refused_in_numpy_and_give_nan_in_torch() -> None:
+    scores, targets = heads_of(np.float32)
+    scores[1, 2, 7, 30] = np.nan
+    for function in (step_ap, mean_ap):
+        with pytest.raises(
+            MlcError, match=r"^scores: .* got 1 NaN, the first at \[1, 2, 7, 30\]; "
+        ):
+            function(scores, targets)
+    for refused in (ranked_ap, lambda own, _: top_k(own, 3)):
+        with pytest.raises(MlcError, match="NaN"):
+            refused(scores[1, 2], targets)
+    values = step_ap_on_torch(scores, targets)
+    unknown = {tuple(each) for each in np.argwhere(np.isnan(values)).tolist()}
+    assert unknown == {(1, 2, 30)} | {(*index, 17) for index in np.ndindex(2, 3)}
+    means = metrics_torch.mean_ap(torch.from_numpy(scores), torch.from_numpy(targets))
+    assert np.argwhere(np.isnan(means.numpy())).tolist() == [[1, 2]]
+
+
+@BOTH
+def test_targets_of_another_kind_or_shape_are_refused(function) -> None:
+    scores, targets = heads_of(np.float32)
+    with pytest.raises(MlcError, match=r"^targets: should be bool, got (torch\.)?int8; pass"):
+        function(scores, targets.astype(np.int8))
+    for wrong in (targets[:-1], targets.T, np.stack([targets] * 3)):
+        with pytest.raises(MlcError, match=r"^targets: should be \(200, 40\) as the scores or "):
+            function(scores, wrong)
+
+
+def test_targets_on_another_device_are_refused() -> None:
+    with pytest.raises(MlcError, match=r"^targets: should be on cpu as the scores, got meta; move"):
+        metrics_torch.step_ap(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool, device="meta"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_torch_twin_stays_on_the_gpu_without_a_sync() -> None:
+    scores, targets = heads_of(np.float32)
+    on_gpu = torch.from_numpy(scores).cuda(), torch.from_numpy(targets).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values, alone = (
+            metrics_torch.step_ap(*on_gpu),
+            metrics_torch.step_ap(on_gpu[0][1, 2], on_gpu[1]),
+        )
+        means = metrics_torch.mean_ap(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_allclose(values.cpu(), step_ap(scores, targets), **CLOSE)
+    np.testing.assert_array_equal(values[1, 2].cpu(), alone.cpu())
+    np.testing.assert_allclose(means.cpu(), mean_ap(scores, targets), rtol=0, atol=1e-10)
+
+
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -195,6 +382,55 @@ def test_top_k_is_the_k_highest_and_ties_go_to_the_earlier_class(name: str, k: i
     chosen = top_k(SCORES[name], k)
     for row, marks in zip(SCORES[name], chosen, strict=True):
         assert set(np.flatnonzero(marks).tolist()) == slow_top_k(row, k)
+
+
+@settings(deadline=None)
+@given(tables(), st.integers(1, 25))
+def test_best_classes_are_a_stable_sort_of_each_image(table, k: int) -> None:
+    scores, _ = table
+    scores[scores == scores.min()] = -np.inf
+    np.testing.assert_array_equal(
+        best_classes(scores, k), np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    )
+
+
+def test_best_classes_of_several_heads_are_those_of_each() -> None:
+    scores, _ = heads_of(np.float32)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(
+            best_classes(scores, 5)[index], best_classes(scores[index], 5)
+        )
+        np.testing.assert_array_equal(top_k(scores, 5)[index], top_k(scores[index], 5))
+
+
+def test_zeros_of_both_signs_go_to_the_earlier_class() -> None:
+    scores = np.array([[-0.0, 0.0, -1.0], [-2.0, -0.0, 0.0]], dtype=np.float32)
+    assert best_classes(scores, 2).tolist() == [[0, 1], [1, 2]]
+
+
+def test_p_at_k_is_over_k_also_where_there_are_fewer_classes() -> None:
+    scores, targets = np.array([[0.1, 0.9], [0.2, 0.3]]), np.array([[1, 1], [0, 0]], dtype=bool)
+    got = precision_recall_at_k(best_classes(scores, 5), targets)
+    want = {"P@1": 50, "P@3": 100 / 3, "P@5": 20, "R@1": 25, "R@3": 50, "R@5": 50}
+    assert got == pytest.approx(want)
+
+
+def test_no_python_call_is_made_for_each_image() -> None:
+    calls = []
+    for images in (30, 3000):
+        scores, targets = logits_of(14, images), targets_of(14, images)
+        counts = [0]
+
+        def count(_frame: object, event: str, _arg: object, counts: list[int] = counts) -> None:
+            counts[0] += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            precision_recall_at_k(best_classes(scores, 5), targets)
+        finally:
+            sys.setprofile(None)
+        calls.append(counts[0])
+    assert calls[0] == calls[1] > 10
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])

@@ -8,59 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from made_runs import IMAGES, KEY, TRUE, write
 
 from mlc.configs.errors import MlcError
+from mlc.heads.config import TrainConfig
 from mlc.heads.metrics import mean_ap
-from mlc.heads.run_folder import Run, read_run, write_run
-from mlc.heads.train import TrainConfig, probabilities
-from mlc.report.table import Report, find_runs, make_report
+from mlc.heads.run_folder import Run
+from mlc.report.table import Difference, Report, find_runs, make_report
 from mlc.report.written import footnote, to_csv, to_markdown, to_records, write_table
-
-IMAGES, CLASSES = 80, 3
-TRUE = np.random.default_rng(0).random((IMAGES, CLASSES)) < 0.3
-KEY = {"backbone": "stub", "size_px": 64, "precision": "float32"}
-
-
-def logits_of(skill: float, seed: int = 0, true: np.ndarray = TRUE) -> np.ndarray:
-    """Return float32 scores that know ``skill`` standard deviations of the truth."""
-    noise = np.random.default_rng(100 + seed).standard_normal(true.shape)
-    return (skill * true + noise).astype(np.float32)
-
-
-def write(
-    folder: Path,
-    name: str,
-    *,
-    skill: float = 1.0,
-    val: float = 50.0,
-    true: np.ndarray = TRUE,
-    ids: np.ndarray | None = None,
-    key: dict[str, Any] = KEY,
-    **settings: Any,
-) -> Run:
-    """Write a run folder of made-up scores; its test mAP is what these scores have."""
-    config = TrainConfig(**({"loss": "an"} | settings))
-    logits = logits_of(skill, config.seed, true)
-    scores = {
-        "image_id": np.arange(len(true)).astype(str) if ids is None else ids,
-        "logits": logits,
-        "true": true,
-        "observed": np.where(true, 1, -1).astype(np.int8),
-    }
-    results = {
-        "best_epoch": 1,
-        "val": {"mAP": val},
-        "test": {"mAP": mean_ap(probabilities(logits), true)},
-        "classes": [f"class {column}" for column in range(true.shape[1])],
-        "features": {"backbone": key["backbone"], "key": key, "digest": "photos"},
-        "labels_digest": "table",
-        "selection_mAP": val,
-        "truth_known": True,
-    }
-    state = {"weight": torch.zeros(true.shape[1], 2), "bias": torch.zeros(true.shape[1])}
-    write_run(folder / name, config, state, [], scores, results)
-    return read_run(folder / name)
 
 
 def report_of(runs: list[Run], **more: Any) -> Report:
@@ -118,7 +73,7 @@ def test_the_learning_rate_is_chosen_by_validation_and_not_by_test(tmp_path: Pat
         write(tmp_path, "large batch", lr=1e-4, batch_size=8, val=50, skill=2.0),
     ]
     (row,) = report_of(runs).rows
-    assert (row.lr, row.batch_size, row.val) == (1e-4, 16, 60)
+    assert (row.tuned["lr"], row.tuned["batch"], row.val) == ("0.0001", "16", 60)
     assert row.test == runs[0].results["test"]["mAP"] < runs[1].results["test"]["mAP"]
 
 
@@ -130,13 +85,14 @@ def test_the_choice_is_of_the_mean_over_seeds(tmp_path: Path) -> None:
         write(tmp_path, "b1", lr=1e-3, val=61, seed=1),
     ]
     (row,) = report_of(runs).rows
-    assert (row.lr, row.seeds) == (1e-3, 2)
+    assert (row.tuned["lr"], row.seeds) == ("0.001", 2)
 
 
 def test_every_setting_can_be_shown(tmp_path: Path) -> None:
     runs = [write(tmp_path, str(lr), lr=lr, skill=100 * lr, val=lr) for lr in (1e-3, 1e-2, 2e-2)]
     report = report_of(runs, every_setting=True)
-    assert [row.lr for row in report.rows] == [2e-2, 1e-2, 1e-3]
+    assert [row.tuned["lr"] for row in report.rows] == ["0.02", "0.01", "0.001"]
+    assert report.rows[0].title == "an lr 0.02 batch 16 weight decay 0"
 
 
 def test_rows_are_in_falling_order_of_test_map_behind_the_best(tmp_path: Path) -> None:
@@ -144,10 +100,10 @@ def test_rows_are_in_falling_order_of_test_map_behind_the_best(tmp_path: Path) -
     report = report_of([write(tmp_path, loss, loss=loss, skill=skills[loss]) for loss in skills])
     assert names(report) == ["bce", "role", "an"]
     best = report.rows[0]
-    assert (best.behind, best.interval) == (0, (0, 0))
+    assert best.behind == Difference(0, (0, 0))
     for row in report.rows[1:]:
-        assert row.behind == pytest.approx(row.test - best.test)
-        assert row.behind < 0
+        assert row.behind.value == pytest.approx(row.test - best.test)
+        assert row.behind.value < 0
 
 
 def test_the_interval_holds_the_difference_and_is_of_paired_images(tmp_path: Path) -> None:
@@ -155,15 +111,15 @@ def test_the_interval_holds_the_difference_and_is_of_paired_images(tmp_path: Pat
         [write(tmp_path, loss, loss=loss, skill=1 + 3 * (loss == "bce")) for loss in ("an", "bce")]
     )
     _, behind = clear.rows
-    low, high = behind.interval
-    assert low < behind.behind < high < 0
+    low, high = behind.behind.interval
+    assert low < behind.behind.value < high < 0
+    assert behind.behind.is_clear
 
 
 def test_scores_of_the_same_order_differ_by_nothing_in_every_resample(tmp_path: Path) -> None:
     """Unpaired resamples would give an interval of several points here."""
     report = report_of([write(tmp_path, loss, loss=loss, skill=1.0) for loss in ("an", "bce")])
-    assert report.rows[1].behind == 0
-    assert report.rows[1].interval == (0, 0)
+    assert report.rows[1].behind == Difference(0, (0, 0))
 
 
 def test_the_difference_is_of_means_over_seeds(tmp_path: Path) -> None:
@@ -177,16 +133,16 @@ def test_the_difference_is_of_means_over_seeds(tmp_path: Path) -> None:
         loss: np.mean([run.results["test"]["mAP"] for run in runs if run.config.loss == loss])
         for loss in ("an", "bce")
     }
-    assert report.rows[1].behind == pytest.approx(mean["an"] - mean["bce"])
-    low, high = report.rows[1].interval
-    assert low < report.rows[1].behind < high
+    assert report.rows[1].behind.value == pytest.approx(mean["an"] - mean["bce"])
+    low, high = report.rows[1].behind.interval
+    assert low < report.rows[1].behind.value < high
 
 
 def test_the_same_runs_give_the_same_table(tmp_path: Path) -> None:
     runs = [
         write(tmp_path, loss, loss=loss, skill=index) for index, loss in enumerate(("an", "bce"))
     ]
-    assert to_csv(report_of(runs)) == to_csv(report_of(runs))
+    assert to_records(report_of(runs)) == to_records(report_of(runs))
 
 
 def test_the_class_prior_is_the_map_of_a_constant_score(tmp_path: Path) -> None:
@@ -238,6 +194,52 @@ def test_a_setting_in_which_rows_differ_is_a_column(tmp_path: Path) -> None:
     assert list(to_records(report)[0])[:2] == ["loss", "epochs"]
 
 
+class FullBatchConfig(TrainConfig):
+    """As of a solver without batches."""
+
+    solver: str = "adam"
+    l2: float = 0.0
+
+
+def full_batch(run: Run, l2: float) -> Run:
+    config = FullBatchConfig(**run.config.model_dump(), solver="lbfgs", l2=l2)
+    return Run(run.path, config, run.results)
+
+
+def test_what_a_full_batch_run_chose_itself_does_not_part_its_seeds(tmp_path: Path) -> None:
+    runs = [
+        full_batch(
+            write(tmp_path, f"{loss}{seed}", loss=loss, seed=seed, skill=skill, lr=1 / (1 + seed)),
+            l2,
+        )
+        for loss, skill, l2s in (("bce", 2.0, (0.1, 0.01)), ("an", 1.0, (1.0, 1.0)))
+        for seed, l2 in enumerate(l2s)
+    ]
+    bce, an, _ = to_records(report_of(runs))
+    assert (bce["seeds"], bce["weight decay"]) == ("2", "0.01 to 0.1")
+    assert (an["seeds"], an["weight decay"]) == ("2", "1")
+    assert (an["lr"], an["batch"]) == ("", "")
+
+
+def test_the_solver_is_a_column_where_one_loss_has_two(tmp_path: Path) -> None:
+    def with_solver(loss: str, solver: str) -> Run:
+        run = write(tmp_path, f"{loss} {solver}", loss=loss)
+        config = FullBatchConfig(**run.config.model_dump(), solver=solver)
+        return Run(run.path, config, run.results)
+
+    bce, role = with_solver("bce", "lbfgs"), with_solver("role", "adam")
+    assert {tuple(row.name) for row in report_of([bce, role]).rows} == {("loss",)}
+    report = report_of([bce, role, with_solver("bce", "adam")])
+    assert {row.title for row in report.rows} == {"bce lbfgs", "bce adam", "role adam"}
+
+
+def test_features_that_do_not_say_their_size_are_named_without(tmp_path: Path) -> None:
+    keys = [KEY, {"backbone": "imported", "size_px": 0}, {"backbone": "other"}]
+    runs = [write(tmp_path, str(index), key=key) for index, key in enumerate(keys)]
+    found = {row.name["features"] for row in report_of(runs).rows}
+    assert found == {"stub 64 px", "imported", "other"}
+
+
 def test_what_follows_from_the_loss_is_no_column(tmp_path: Path) -> None:
     runs = [
         write(tmp_path, "bce", loss="bce", labels="full"),
@@ -277,27 +279,127 @@ def test_features_that_differ_in_the_fine_print_are_told_apart(tmp_path: Path) -
     assert {"bfloat16" in str(row.name) for row in (first, second)} == {True, False}
 
 
-def test_the_footnote_names_what_cannot_be_told_from_the_best(tmp_path: Path) -> None:
-    close = write(tmp_path, "an", loss="an", skill=3.0)
-    best = write(tmp_path, "bce", loss="bce", skill=3.05)
-    far = write(tmp_path, "role", loss="role", skill=0.0)
-    report = report_of([close, best, far])
-    assert names(report) == ["bce", "an", "role"]
-    text = footnote(report)
-    assert "80 test images" in text
-    assert "200 resamples" in text
-    assert text.endswith("Cannot be told apart from the best: an.")
+def test_the_footnote_says_which_differences_are_larger_than_the_noise(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, "an", loss="an", skill=1.0),
+        write(tmp_path, "an_ls", loss="an_ls", skill=1.0, seed=1),
+        write(tmp_path, "bce", loss="bce", skill=4.05),
+        write(tmp_path, "role", loss="role", skill=4.0),
+        write(tmp_path, "wan", loss="wan", skill=-2.0),
+    ]
+    report = report_of(runs)
+    assert names(report) == ["bce", "role", "an_ls", "an", "wan"]
+    assert footnote(report).splitlines() == [
+        "80 test images; mean over seeds at the best validation epoch; intervals: paired bootstrap "
+        "over images, 200 resamples.",
+        "One seed: the noise of seeds is not covered for any row.",
+        "Told apart from the best, bce: an_ls, an, wan. Cannot be told apart from the best: role.",
+        "Better than tuned AN, an: bce, role. Worse: wan. Cannot be told apart from it: an_ls.",
+    ]
 
 
-def test_the_footnote_says_nothing_of_ties_where_there_are_none(tmp_path: Path) -> None:
-    runs = [write(tmp_path, "bce", loss="bce", skill=4.0), write(tmp_path, "an", skill=0.0)]
-    assert "told apart" not in footnote(report_of(runs))
+def test_where_tuned_an_is_best_it_is_compared_once(tmp_path: Path) -> None:
+    runs = [write(tmp_path, "bce", loss="bce", skill=0.0), write(tmp_path, "an", skill=4.0)]
+    assert footnote(report_of(runs)).splitlines()[2:] == [
+        "Told apart from the best, an: bce. Cannot be told apart from the best: none."
+    ]
+
+
+def test_without_an_nothing_is_said_of_it(tmp_path: Path) -> None:
+    runs = [write(tmp_path, loss, loss=loss) for loss in ("bce", "role")]
+    report = report_of(runs)
+    assert report.baseline is None
+    assert {row.over_an for row in report.rows} == {None}
+    assert "AN" not in footnote(report)
+
+
+def test_the_footnote_of_one_row_compares_nothing(tmp_path: Path) -> None:
+    assert "apart" not in footnote(report_of([write(tmp_path, "an")]))
 
 
 def test_a_row_that_is_exactly_as_good_as_the_best_cannot_be_told_apart(tmp_path: Path) -> None:
     runs = [write(tmp_path, "bce", loss="bce"), write(tmp_path, "an")]
+    assert "Cannot be told apart from the best: an." in footnote(report_of(runs))
+
+
+def test_the_footnote_names_rows_of_one_seed_beside_others(tmp_path: Path) -> None:
+    runs = [write(tmp_path, f"an{seed}", seed=seed) for seed in range(2)]
+    alone = write(tmp_path, "bce", loss="bce")
     text = footnote(report_of(runs))
-    assert text.endswith("Cannot be told apart from the best: an.")
+    assert "over images and seeds, 200" in text
+    assert "One seed" not in text
+    text = footnote(report_of([*runs, alone]))
+    assert "over images and seeds, 200" in text
+    assert "One seed: the noise of seeds is not covered for bce." in text
+
+
+def test_seeds_that_disagree_widen_the_interval(tmp_path: Path) -> None:
+    """Both rows have the same mean; the seeds of one are far apart."""
+    pairs = {"an": (2.0, 2.0, 2.0), "bce": (0.3, 2.5, 5.0)}
+    runs = [
+        write(tmp_path, f"{loss}{seed}", loss=loss, seed=seed, skill=skill)
+        for loss, skills in pairs.items()
+        for seed, skill in enumerate(skills)
+    ]
+    together = report_of(runs).rows[1].behind
+    for seed in range(3):
+        one = report_of([run for run in runs if run.config.seed == seed]).rows[1].behind
+        assert np.ptp(together.interval) > 1.5 * np.ptp(one.interval)
+
+
+def test_what_moves_the_seeds_of_both_rows_alike_cancels(tmp_path: Path) -> None:
+    """Of the same seeds, far apart but alike in both rows; then of other seeds."""
+    skills = (0.5, 2.0, 5.0)
+    runs = [
+        write(tmp_path, f"{loss}{seed}", loss=loss, seed=seed, skill=skill)
+        for loss in ("an", "bce")
+        for seed, skill in enumerate(skills)
+    ]
+    assert report_of(runs).rows[1].behind == Difference(0, (0, 0))
+    for run in runs[3:]:
+        settings = {"loss": "bce", "order_seed": 7, "seed": run.config.seed}
+        write(tmp_path, run.path.name, skill=skills[run.config.seed], **settings)
+    apart = report_of(find_runs([tmp_path])).rows[1].behind
+    assert apart.value == 0
+    assert np.ptp(apart.interval) > 10
+
+
+def test_the_order_in_which_runs_are_given_changes_nothing(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, f"{loss}{seed}", loss=loss, seed=seed, skill=1 + seed + (loss == "bce"))
+        for loss in ("an", "bce")
+        for seed in range(3)
+    ]
+    assert to_records(report_of(runs)) == to_records(report_of(runs[::-1]))
+
+
+def test_tuned_an_is_the_row_of_the_best_validation(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, "high", lr=1e-2, val=60, skill=1.0),
+        write(tmp_path, "low", lr=1e-3, val=50, skill=3.0),
+        write(tmp_path, "bce", loss="bce", skill=2.0),
+    ]
+    report = report_of(runs, every_setting=True)
+    assert report.baseline is report.rows[2]
+    assert report.baseline.tuned["lr"] == "0.01"
+    assert report.baseline.over_an == Difference(0, (0, 0))
+    for row in report.rows[:2]:
+        assert row.over_an.value == pytest.approx(row.test - report.baseline.test)
+        assert row.over_an.interval[0] < row.over_an.value < row.over_an.interval[1]
+
+
+def test_weight_decay_is_tuned_and_a_column_only_where_it_varies(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, "0", val=50),
+        write(tmp_path, "1", val=60, weight_decay=1e-4),
+        write(tmp_path, "2", val=50, loss="bce", weight_decay=1e-4),
+    ]
+    report = report_of(runs)
+    assert len(report.rows) == 2
+    assert {row.tuned["weight decay"] for row in report.rows} == {"0.0001"}
+    assert "weight decay" not in to_records(report)[0]
+    records = to_records(report_of(runs, every_setting=True))
+    assert sorted(each["weight decay"] for each in records) == ["", "0", "0.0001", "0.0001"]
 
 
 @pytest.fixture
@@ -323,7 +425,7 @@ def test_records_are_rounded_text(report: Report) -> None:
 
 
 def test_markdown_has_a_line_for_each_record_between_bars(report: Report) -> None:
-    lines = to_markdown(report).splitlines()
+    lines = to_markdown(to_records(report)).splitlines()
     records = to_records(report)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
@@ -333,20 +435,20 @@ def test_markdown_has_a_line_for_each_record_between_bars(report: Report) -> Non
 
 
 def test_csv_reads_back_as_the_records(report: Report) -> None:
-    assert list(csv.DictReader(io.StringIO(to_csv(report)))) == to_records(report)
+    assert list(csv.DictReader(io.StringIO(to_csv(to_records(report))))) == to_records(report)
 
 
-@pytest.mark.parametrize(("name", "to_text"), [("t.md", to_markdown), ("t.csv", to_csv)])
-def test_a_table_is_written_as_its_suffix_says(
-    report: Report, tmp_path: Path, name: str, to_text: Any
-) -> None:
-    write_table(report, tmp_path / name)
-    assert (tmp_path / name).read_bytes().decode() == to_text(report)
+def test_a_table_is_written_as_its_suffix_says(report: Report, tmp_path: Path) -> None:
+    records = to_records(report)
+    write_table(records, "one\ntwo", tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_bytes().decode() == to_csv(records)
+    write_table(records, "one\ntwo", tmp_path / "t.md")
+    assert (tmp_path / "t.md").read_text() == to_markdown(records) + "\none  \ntwo\n"
 
 
 def test_another_suffix_is_refused(report: Report, tmp_path: Path) -> None:
     with pytest.raises(MlcError, match=r"unknown kind of table '.txt'"):
-        write_table(report, tmp_path / "table.txt")
+        write_table(to_records(report), "", tmp_path / "table.txt")
 
 
 def test_runs_are_found_in_a_folder_or_named_once(tmp_path: Path) -> None:

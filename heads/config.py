@@ -1,0 +1,115 @@
+"""Configs of training: what the heads of a sweep have in common, and what is each head's own."""
+
+import inspect
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mlc.configs.errors import MlcError, choose
+from mlc.datasets.labels import LabelTable
+from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
+from mlc.datasets.source import DATASETS
+from mlc.heads.inputs import LabelsConfig
+from mlc.heads.linear import HEADS
+from mlc.heads.losses import LOSSES, check_knobs
+
+
+class ProtocolConfig(LabelsConfig):
+    """What the heads of a sweep have in common.
+
+    Attributes:
+        labels: what training sees; by default single positives for the MLSPL losses and full
+            labels for bce on the data sets of DATASETS, and a CSV's labels as given.
+        head: a key of HEADS.
+        knobs: of the loss, e.g. ``{smoothing: 0.05}``; ``expected_positives`` is by default the
+            papers' constant, else the mean of the training split.
+        epochs: the head of the best of them is kept.
+        order_seed: of the sequence of batches.
+        corruption_seed: of the choice of single positives.
+        split_seed: of the validation split.
+        val_labels: what selects the best epoch: "clean" labels or the "observed" ones.
+        threshold: of CP to OF1.
+        device: "auto" is the GPU if there is one.
+    """
+
+    labels: Labels | None = None
+    head: str = "linear"
+    knobs: dict[str, float] = Field(default_factory=dict)
+    epochs: int = 25
+    order_seed: int = 0
+    corruption_seed: int = OFFICIAL_SEED
+    split_seed: int = OFFICIAL_SEED
+    val_labels: Literal["clean", "observed"] = "clean"
+    threshold: float = 0.5
+    device: str = "auto"
+
+
+class TrainConfig(ProtocolConfig):
+    """One head.
+
+    Attributes:
+        loss: a key of LOSSES.
+        lr: of Adam; a label estimator's is ten times it.
+        weight_decay: decoupled from the gradient (AdamW), of the weights and not of the bias.
+        batch_size: the last partial batch of an epoch is dropped, as the authors do.
+        seed: of the initial weights and the label estimator.
+        out: the run folder; by default below ``runs/``, named for what is in it.
+    """
+
+    loss: str = "bce"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    batch_size: int = 16
+    seed: int = 0
+    out: Path | None = None
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
+    choose(HEADS, config.head, "head")
+    check_knobs(config.loss, config.knobs)
+    for name in ("batch_size", "epochs"):
+        if getattr(config, name) < 1:
+            raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")
+    for name in ("seed", "order_seed", "corruption_seed", "split_seed"):
+        check_seed(name, getattr(config, name))
+    if not (config.lr > 0 and math.isfinite(config.lr)):
+        raise MlcError(f"lr: should be a positive number, got {config.lr}")
+    if not 0 <= config.weight_decay * config.lr < 1:
+        raise MlcError(
+            f"weight_decay: should be at least 0 and below 1 / lr, got {config.weight_decay}"
+        )
+
+
+def default_labels(config: TrainConfig, table: LabelTable) -> Labels:
+    """Return the labels that training sees: as asked, else what the loss is made for."""
+    if config.labels is not None:
+        return config.labels
+    return LOSSES[config.loss].labels if table.dataset in DATASETS else "as-given"
+
+
+def settle_knobs(config: TrainConfig, table: LabelTable) -> dict[str, float]:
+    """Return all knobs of a loss: given, else from the data, else the loss's own default.
+
+    Raises:
+        MlcError: the number of expected positives is neither given nor known.
+    """
+    knobs = {
+        name: default
+        for name, default in choose(LOSSES, config.loss, "loss").knobs().items()
+        if default is not None
+    } | config.knobs
+    for name, value in knobs.items():
+        if value is inspect.Parameter.empty:
+            knobs[name] = _from_data(name, table)
+    return knobs
+
+
+def _from_data(knob: str, table: LabelTable) -> float:
+    if table.expected_positives is not None:
+        return table.expected_positives
+    if table.true is None:
+        raise MlcError(f"{knob}: not known of partial labels; pass --set knobs.{knob}=NUMBER")
+    return float(table.true[table.split == "train"].sum(axis=1).mean())

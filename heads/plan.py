@@ -1,0 +1,99 @@
+"""plan(): which heads of a sweep train together, in blocks that fit the cache and the memory."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mlc.heads.block import bytes_of_head
+from mlc.heads.config import TrainConfig
+from mlc.heads.losses import LOSSES
+
+OWN = {"lr", "weight_decay", "seed", "out"}  # in which the heads of a block may differ
+# What the state of a block may take of the cache that all cores share. With 2,048 features and 80
+# classes it is six heads: from two to eight cost the same, twelve a third more.
+CACHE_BYTES = 16 * 2**20
+MEMORY_SHARE = 0.5  # of what is there, for the heads that train at once
+ESTIMATOR_COPIES = 5  # of a label table: rest, two moments, and two while it is made
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sweep is trained.
+
+    Attributes:
+        blocks: heads that see the same batches and train together, the longest work first.
+        workers: blocks that train at once, each on a core of its own.
+        bytes: that they take at most, besides the features.
+    """
+
+    blocks: list[list[TrainConfig]]
+    workers: int
+    bytes: int
+
+
+def plan(
+    configs: Sequence[TrainConfig], images: int, width: int, classes: int, device: torch.device
+) -> Plan:
+    """Divide heads into blocks.
+
+    Args:
+        configs: resolved.
+        images: of the training split.
+        width: D, of the features.
+        classes: L.
+        device: where they train.
+    """
+    on_gpu = device.type == "cuda"
+    workers = 1 if on_gpu else torch.get_num_threads()
+    limit = memory_bytes(device) // workers
+    blocks = []
+    for group in _groups(configs):
+        bytes_each = _bytes(group[0], images, width, classes)
+        most = limit // bytes_each
+        if not on_gpu:
+            most = min(most, CACHE_BYTES // bytes_of_head(width, classes))
+            most = min(most, -(-len(configs) // workers))  # a core without work helps nobody
+        parts = -(-len(group) // max(1, most))
+        blocks += [group[part::parts] for part in range(parts)]
+    blocks.sort(key=lambda block: -head_steps(block, images))
+    largest = sorted(
+        (len(block) * _bytes(block[0], images, width, classes) for block in blocks), reverse=True
+    )
+    return Plan(blocks, min(workers, max(1, len(blocks))), sum(largest[:workers]))
+
+
+def head_steps(block: Sequence[TrainConfig], images: int) -> int:
+    """Return the steps that the heads of a block take, all together."""
+    config = block[0]
+    return len(block) * config.epochs * max(1, images // config.batch_size)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory that heads may take: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * MEMORY_SHARE)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return int(total * MEMORY_SHARE)
+
+
+def _groups(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
+    groups: dict[str, list[TrainConfig]] = {}
+    for config in configs:
+        same = json.dumps(config.model_dump(mode="json", exclude=OWN), sort_keys=True)
+        groups.setdefault(same, []).append(config)
+    return list(groups.values())
+
+
+def _bytes(config: TrainConfig, images: int, width: int, classes: int) -> int:
+    """Return the bytes of a head: its state and its best epoch, and the estimator's table."""
+    state = bytes_of_head(width, classes) + 4 * classes * (width + 1)
+    table = 4 * images * classes * ESTIMATOR_COPIES
+    return state + (table if LOSSES[config.loss].has_estimator else 0)

@@ -1,0 +1,111 @@
+"""Which runs are one row of a table: they differ in their seeds alone, or in what is tuned."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlc.heads.run_folder import Run
+
+SEEDS = ("seed", "order_seed", "corruption_seed")
+TUNED = ("lr", "batch_size", "weight_decay")  # chosen by validation, as the papers' grids are
+FULL_BATCH = "lbfgs"  # the solver that has no learning rate and no batches
+STRENGTH = "l2"  # of its penalty: chosen by each run itself, so seeds of a row may differ in it
+PLACES = ("out", "device", "features", "root")
+FOLLOWS_LOSS = ("knobs", "labels", "solver")
+KEY = "features."  # before the fields of the features' key
+
+Group = list[Run]
+
+
+def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
+    """Group runs over their seeds; the same head in two folders is one.
+
+    The runs of a group are in the order of ``seeds_of``, so that those of two groups are paired.
+    """
+    different = {json.dumps(settings_of(run)): run for run in runs}
+    groups: dict[str, Group] = {}
+    for run in different.values():
+        groups.setdefault(json.dumps(settings_of(run, SEEDS)), []).append(run)
+    return [sorted(group, key=seeds_of) for group in groups.values()]
+
+
+def best_settings(groups: Sequence[Group]) -> list[Group]:
+    """Keep, of groups that differ only in what is tuned, the one with the best validation mAP."""
+    best: dict[str, Group] = {}
+    for group in groups:
+        method = json.dumps(settings_of(group[0], SEEDS + TUNED))
+        if method not in best or selection_map(group) > selection_map(best[method]):
+            best[method] = group
+    return list(best.values())
+
+
+def settings_of(run: Run, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return what a run is, as text, the hash of its features in the place of their path."""
+    if is_full_batch(run):
+        without += TUNED
+    config = run.config.model_dump(mode="json", exclude={*without, *PLACES, STRENGTH})
+    features = run.results["features"]
+    size = features["key"].get("size_px")  # 0 or absent where imported features do not say
+    config["features"] = features["backbone"] + (f" {size} px" if size else "")
+    config |= {f"{KEY}{field}": value for field, value in features["key"].items()}
+    config |= {"photos": features["digest"][:8], "table": run.results["labels_digest"][:8]}
+    return {name: json.dumps(value) for name, value in config.items()}
+
+
+def is_full_batch(run: Run) -> bool:
+    """Whether a solver without batches trained the head."""
+    return getattr(run.config, "solver", "adam") == FULL_BATCH
+
+
+def seeds_of(run: Run) -> tuple[int, ...]:
+    """Return the seeds of a run."""
+    return tuple(getattr(run.config, name) for name in SEEDS)
+
+
+def selection_map(group: Group) -> float:
+    """Return the mean validation mAP, of clean or observed labels as the protocol says."""
+    return float(np.mean([run.results["selection_mAP"] for run in group]))
+
+
+def mean_test_map(group: Group) -> float:
+    """Return the mean test mAP."""
+    return float(np.mean([run.results["test"]["mAP"] for run in group]))
+
+
+def names_of(groups: Sequence[Group]) -> list[dict[str, str]]:
+    """Return for each group the loss, and each other setting in which the groups differ."""
+    settings = [settings_of(group[0], SEEDS + TUNED) for group in groups]
+    fields = dict.fromkeys(name for each in settings for name in each if name != "loss")
+    varied = [name for name in fields if _varies(name, settings)]
+    return [
+        {"loss": json.loads(each["loss"])}
+        | {name: each.get(name, "").strip('"') for name in varied}
+        for each in settings
+    ]
+
+
+def tuned_of(group: Group) -> dict[str, str]:
+    """Return what was tuned, as text: of a full-batch solver the L2 strengths of its seeds."""
+    config, adam = group[0].config, not is_full_batch(group[0])
+    decays = {float(_decay(run)) for run in group}
+    return {
+        "lr": f"{config.lr:g}" if adam else "",
+        "batch": str(config.batch_size) if adam else "",
+        "weight decay": " to ".join(f"{each:g}" for each in sorted({min(decays), max(decays)})),
+    }
+
+
+def _decay(run: Run) -> float:
+    own = getattr(run.config, "weight_decay", 0.0)
+    return getattr(run.config, STRENGTH, own) if is_full_batch(run) else own
+
+
+def _varies(name: str, settings: Sequence[dict[str, str]]) -> bool:
+    """Whether a setting differs of its own, not because the loss or the backbone does."""
+    values: dict[str, set[str]] = {}
+    for each in settings:
+        group = each["loss"] if name in FOLLOWS_LOSS else ""
+        group += each["features"] if name.startswith(KEY) else ""
+        values.setdefault(group, set()).add(each.get(name, ""))
+    return any(len(each) > 1 for each in values.values())
