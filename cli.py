@@ -195,6 +195,7 @@ def info(path: Path) -> None:
 @LABELS
 @click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
 @click.option("--head", help="linear; default linear.")
+@click.option("--solver", help="adam, or lbfgs: the optimum of a convex loss; default adam.")
 @click.option("--lr", type=float, help="Of Adam; default 1e-3.")
 @click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
 @click.option("--batch-size", type=int, help="Images a step; default 16.")
@@ -225,6 +226,7 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 @CONFIG
 @LABELS
 @click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
+@click.option("--solvers", callback=names, help="adam,lbfgs; default adam.")
 @click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
 @click.option("--weight-decay", callback=partial(numbers, float), help="e.g. 0,1e-2; default 0.")
 @click.option("--batch-size", callback=partial(numbers, int), help="e.g. 8,16; default 16.")
@@ -237,7 +239,8 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     """Train a grid of heads on a store, and compare them; finished heads are kept."""
     from mlc.configs import load
-    from mlc.heads.sweep import SweepConfig, sweep
+    from mlc.heads.grid import SweepConfig
+    from mlc.heads.sweep import sweep
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_report
     from mlc.report.table import make_report

@@ -33,6 +33,7 @@ how long that takes at the bandwidth of a triad, measured in the same rounds.
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -43,49 +44,24 @@ import numpy as np
 import plain_script
 import released_design
 import torch
+from coco_sized import CLASSES, POSITIVES, WIDTH, Data, make_data
 from torch import Tensor
 
-from mlc.heads.block import LinearBlock, Start
+from mlc.configs.device import one_thread
+from mlc.heads.block import LinearBlock, Start, bytes_of_head
 from mlc.heads.inputs import Split
 from mlc.heads.losses import LOSSES as METHODS
 from mlc.heads.metrics import mean_ap
-from mlc.heads.train import one_thread
+from mlc.heads.plan import CACHE_BYTES
 from mlc.report.console import print_table
 
-IMAGES = {"train": 65_665, "val": 16_416, "test": 40_137}
-WIDTH, CLASSES, POSITIVES = 2048, 80, 2.9
 LOSSES = ("bce", "bce_ls", "iun", "iu", "an", "an_ls", "wan", "epr", "role")
 BATCH_SIZES, LRS, EPOCHS = (8, 16), (1e-2, 1e-3, 1e-4, 1e-5), 25
-SHOWN = {"bce": "full", "bce_ls": "full", "iun": "iun", "iu": "iu"}  # others: single positives
 ROLE_HEADS = 8  # of ROLE, and of AN, in the sweep that compares the two
 HEAD_STEP_BYTES = 7 * (WIDTH + 1) * CLASSES * 4
 WARM_UP = 5  # steps
 
 Seconds = dict[tuple[object, ...], float]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Features and labels; by split, the observed labels of train by what a loss sees.
-
-    Attributes:
-        features: (n, D) float32, on the device.
-        true: (n, L) bool, on the CPU.
-        observed: (n, L) int8 of +1, 0, -1, by the values of SHOWN and "single", on the device.
-    """
-
-    features: dict[str, Tensor]
-    true: dict[str, Tensor]
-    observed: dict[str, Tensor]
-
-    @property
-    def images(self) -> dict[str, int]:
-        """Images of each split."""
-        return {name: len(each) for name, each in self.true.items()}
-
-    def shown(self, loss: str) -> Tensor:
-        """Return the observed labels that a loss is trained on."""
-        return self.observed[SHOWN.get(loss, "single")]
 
 
 @dataclass(frozen=True)
@@ -135,29 +111,6 @@ def main(
     print_table([*_records([figures(each, data.images) for each in rounds]), *_memory(data, part)])
 
 
-def make_data(labels: Path | None, scale: float, device: str) -> Data:
-    """Make a data set of COCO's size times ``scale``.
-
-    Args:
-        labels: an npz whose ``labels`` are packed bits of (n, 80); None makes labels up.
-        scale: share of the images.
-        device: of the features and observed labels.
-    """
-    images = {name: round(scale * count) for name, count in IMAGES.items()}
-    known = None
-    if labels is not None:
-        known = torch.from_numpy(np.unpackbits(np.load(labels)["labels"], axis=1)[:, :CLASSES] == 1)
-        known = known[torch.randperm(len(known))]
-        trained = known[: images["train"] + images["val"]].split(list(images.values())[:2])
-        true = dict(zip(images, (*trained, known[torch.randperm(len(known))]), strict=True))
-        true["test"] = true["test"][: images["test"]]
-    else:
-        true = {name: _random_labels(count) for name, count in images.items()}
-    features = {name: torch.rand(count, WIDTH).to(device) for name, count in images.items()}
-    observed = {name: each.to(device) for name, each in _observed(true["train"]).items()}
-    return Data(features, true, observed)
-
-
 def measure(data: Data, part: Slice, device: str) -> Seconds:
     """Return the seconds of one round: of a step, or of an evaluation.
 
@@ -188,47 +141,63 @@ def measure(data: Data, part: Slice, device: str) -> Seconds:
 def mlc_slice(data: Data, losses: Sequence[str], batch_size: int, heads: int, steps: int) -> float:
     """Return the seconds that mlc takes for some steps of ``heads`` heads of each loss.
 
-    The only place that knows the engine: whatever a sweep does in its steps belongs here, in the
-    same blocks and on the same threads. Starting the heads and a warm-up are not timed.
+    As a sweep does it: blocks of the planned size, as many at once as there are cores, each on one
+    thread. Starting the heads and a warm-up are not timed. So that no core waits at the end, which
+    in a column of hours does not count, all is done once for each core; the time is divided.
 
     Args:
         data: all of it; tables of estimates have their full size.
         losses: of LOSSES.
         batch_size: of the steps.
-        heads: of each loss; their learning rates are those of the grid, in turn.
+        heads: of each loss; their learning rates are those of the grid, in turn. A head alone is
+            alone on the machine.
         steps: timed, the same batches for all heads.
     """
-    seconds = 0.0
+    workers = torch.get_num_threads() if heads > 1 and not data.features["train"].is_cuda else 1
+    most = max(1, CACHE_BYTES // bytes_of_head(WIDTH, CLASSES))
+    sizes = [len(each) for each in np.array_split(np.arange(heads), -(-heads // most))]
     rows = torch.randperm(data.images["train"])[: (steps + WARM_UP) * batch_size]
     warm_up, timed = rows.view(-1, batch_size).split([WARM_UP, steps])
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        blocks = [
+            _block(data, loss, size, batch_size)
+            for loss in losses
+            for size in sizes
+            for _ in range(workers)
+        ]
+        list(pool.map(lambda block: block.epoch(warm_up).sum().item(), blocks))
+        start = time.perf_counter()
+        list(pool.map(lambda block: block.epoch(timed).sum().item(), blocks))
+        return (time.perf_counter() - start) / workers
+
+
+def _block(data: Data, loss: str, heads: int, batch_size: int) -> LinearBlock:
+    method = METHODS[loss]
+    knobs = {"expected_positives": POSITIVES} if "expected_positives" in method.knobs() else {}
+    true = data.true["train"].numpy()
+    ids = np.arange(len(true)).astype(str)
+    train = Split(ids, data.features["train"], data.shown(loss), true)
     starts = [Start(LRS[head % len(LRS)], 0.0, 0) for head in range(heads)]
-    for loss in losses:
-        method = METHODS[loss]
-        knobs = {"expected_positives": POSITIVES} if "expected_positives" in method.knobs() else {}
-        true = data.true["train"].numpy()
-        ids = np.arange(len(true)).astype(str)
-        train = Split(ids, data.features["train"], data.shown(loss), true)
-        with one_thread():
-            block = LinearBlock(method, knobs, starts, train, batch_size)
-            block.epoch(warm_up).sum().item()
-            start = time.perf_counter()
-            block.epoch(timed).sum().item()
-            seconds += time.perf_counter() - start
-    return seconds
+    return LinearBlock(method, knobs, starts, train, batch_size)
 
 
 def mlc_evaluation(data: Data, split: str) -> float:
-    """Return the seconds of mAP of one head on a split, the mean of four heads.
+    """Return the seconds of mAP of one head on a split, when every core evaluates heads.
 
     Like ``mlc_slice``, this is what a sweep does after an epoch.
     """
     features, true = data.features[split], data.true[split].numpy()
     heads = [torch.nn.Linear(WIDTH, CLASSES).to(features.device) for _ in LRS]
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for head in heads:
-            mean_ap(head(features).sigmoid().cpu().numpy(), true)
-    return (time.perf_counter() - start) / len(heads)
+
+    def evaluate(head: torch.nn.Module) -> float:
+        with torch.inference_mode():
+            return float(mean_ap(head(features).sigmoid().cpu().numpy(), true))
+
+    workers = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        start = time.perf_counter()
+        list(pool.map(evaluate, heads))
+        return (time.perf_counter() - start) / len(heads)
 
 
 def mlc_step(data: Data, losses: Sequence[str], size: int, heads: int, part: Slice) -> float:
@@ -390,29 +359,6 @@ def _memory(data: Data, part: Slice) -> list[dict[str, str]]:
         for name, value in held.items()
         if value is not None
     ]
-
-
-def _random_labels(count: int) -> Tensor:
-    true = torch.rand(count, CLASSES) < (POSITIVES - 1) / (CLASSES - 1)
-    true[torch.arange(count), torch.randint(CLASSES, (count,))] = True
-    return true
-
-
-def _observed(true: Tensor) -> dict[str, Tensor]:
-    """Return what each loss is shown, (n, L) int8; every image has a positive and a negative."""
-    rows = torch.arange(len(true))
-    positive = (torch.rand(true.shape) * true).argmax(1)
-    negative = (torch.rand(true.shape) * ~true).argmax(1)
-    single = torch.zeros(true.shape, dtype=torch.int8)
-    single[rows, positive] = 1
-    one_of_each = single.clone()
-    one_of_each[rows, negative] = -1
-    return {
-        "full": torch.where(true, 1, -1).to(torch.int8),
-        "single": single,
-        "iun": torch.where(true, single, -1),
-        "iu": one_of_each,
-    }
 
 
 def _samples(data: Data, split: str, observed: Tensor) -> released_design.Samples:

@@ -1,4 +1,7 @@
-"""Where tensors live: "auto", or a torch device by name."""
+"""Where tensors live, "auto" or a torch device by name, and how many cores work on them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,3 +25,18 @@ def choose_device(device: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise MlcError(f"device: {device!r} is not to be had here ({reason})") from None
     return chosen
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch on one core: the matrices of a step are too small to be worth sharing.
+
+    Two threads are no faster, and several times slower when something else runs beside them; a
+    sweep gives each core a block of its own instead.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ from mlc.configs.errors import MlcError, choose
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
 from mlc.datasets.source import DATASETS
+from mlc.heads.full_batch import CONVEX
 from mlc.heads.inputs import LabelsConfig
 from mlc.heads.linear import HEADS
 from mlc.heads.losses import LOSSES, check_knobs
@@ -30,6 +31,8 @@ class ProtocolConfig(LabelsConfig):
         corruption_seed: of the choice of single positives.
         split_seed: of the validation split.
         val_labels: what selects the best epoch: "clean" labels or the "observed" ones.
+        strengths: of the L2 penalty, as scikit-learn's C, which the solver "lbfgs" tries; by
+            default 45 from 1e-6 to 1e5.
         threshold: of CP to OF1.
         device: "auto" is the GPU if there is one.
     """
@@ -42,6 +45,7 @@ class ProtocolConfig(LabelsConfig):
     corruption_seed: int = OFFICIAL_SEED
     split_seed: int = OFFICIAL_SEED
     val_labels: Literal["clean", "observed"] = "clean"
+    strengths: tuple[float, ...] | None = None
     threshold: float = 0.5
     device: str = "auto"
 
@@ -51,6 +55,8 @@ class TrainConfig(ProtocolConfig):
 
     Attributes:
         loss: a key of LOSSES.
+        solver: "adam", or "lbfgs": of a convex loss the optimum over all images at once, with the
+            best of ``strengths``; it has no use for what follows.
         lr: of Adam; a label estimator's is ten times it.
         weight_decay: decoupled from the gradient (AdamW), of the weights and not of the bias.
         batch_size: the last partial batch of an epoch is dropped, as the authors do.
@@ -59,6 +65,7 @@ class TrainConfig(ProtocolConfig):
     """
 
     loss: str = "bce"
+    solver: Literal["adam", "lbfgs"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     batch_size: int = 16
@@ -70,6 +77,8 @@ def check_config(config: TrainConfig) -> None:
     """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
     choose(HEADS, config.head, "head")
     check_knobs(config.loss, config.knobs)
+    if config.solver == "lbfgs":
+        choose(CONVEX, config.loss, "loss of the solver lbfgs")
     for name in ("batch_size", "epochs"):
         if getattr(config, name) < 1:
             raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")

@@ -19,7 +19,8 @@ from mlc.heads.explain import frequency_bins
 from mlc.heads.inputs import Features, Split, join, relabel
 from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
-from mlc.heads.train import TrainedHead, probabilities, train_head
+from mlc.heads.train import probabilities, train_head
+from mlc.heads.trained import TrainedHead
 from mlc.heads.training_labels import check_labels
 
 NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
@@ -143,8 +144,8 @@ def run_path(
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
     text = json.dumps([settings, dict(features.key), features.digest, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
-    return folder / name
+    how = f"lr{config.lr:g}-bs{config.batch_size}" if config.solver == "adam" else config.solver
+    return folder / f"{config.loss}-{how}-seed{config.seed}-{digest}"
 
 
 def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:
@@ -171,9 +172,11 @@ def _results(
     }
     positives = splits["train"].true.sum(axis=0)
     per_class_ap = np.array(list(metrics["test"]["per_class_ap"].values()))
+    best = trained.history[trained.best_epoch - 1]
     return {
         "best_epoch": trained.best_epoch,
-        "selection_mAP": trained.history[trained.best_epoch - 1]["val_mAP"],
+        "selection_mAP": best["val_mAP"],
+        **({"strength": best["strength"]} if "strength" in best else {}),
         **metrics,
         "mAP_by_frequency": frequency_bins(positives, per_class_ap),
         "train_positives": dict(zip(table.classes, positives.tolist(), strict=True)),

@@ -3,53 +3,26 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import product
-from pathlib import Path
 from threading import Event, Lock
-from typing import Literal
 
-from mlc.configs.errors import MlcError, choose, nearest
+from mlc.configs.device import one_thread
+from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.labels import LabelTable
 from mlc.heads.config import (
-    ProtocolConfig,
     TrainConfig,
     check_config,
     default_labels,
     settle_knobs,
 )
 from mlc.heads.fit import Prepared, keep, prepare, resolve, run_path
+from mlc.heads.grid import ALL, SweepConfig, grid_of
 from mlc.heads.inputs import Features, read_features, read_labels
-from mlc.heads.losses import LOSSES
 from mlc.heads.plan import Plan, head_steps, plan
 from mlc.heads.run_folder import RESULTS, Run, read_run
-from mlc.heads.train import Diverged, one_thread, train_block
+from mlc.heads.train import train_block
+from mlc.heads.trained import Diverged
 from mlc.heads.training_labels import check_labels, label_gaps
-
-ALL = ("all",)
-
-
-class SweepConfig(ProtocolConfig):
-    """A grid of heads.
-
-    Attributes:
-        losses: keys of LOSSES; ("all",) is all of them.
-        lr: of Adam.
-        weight_decay: see TrainConfig.
-        batch_size: images a step.
-        seeds: of the initial weights and the label estimator.
-        vary: what else a seed changes: it is then added to ``order_seed`` or to
-            ``corruption_seed``.
-        out: the folder of the run folders.
-    """
-
-    losses: tuple[str, ...] = ("all",)
-    lr: tuple[float, ...] = (1e-3,)
-    weight_decay: tuple[float, ...] = (0.0,)
-    batch_size: tuple[int, ...] = (16,)
-    seeds: tuple[int, ...] = (0,)
-    vary: tuple[Literal["order", "corruption"], ...] = ()
-    out: Path = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -185,10 +158,7 @@ def _train_and_keep(
     work: _Work, block: list[TrainConfig], counter: "_Counter", check: Callable[[], None]
 ) -> None:
     prepared = work.prepared_for(block[0])
-    each_epoch = head_steps(block, len(prepared.splits["train"].image_id)) // block[0].epochs
-    trained = train_block(
-        block, prepared.splits, lambda *_: counter.add(each_epoch, heads=0), check
-    )
+    trained = train_block(block, prepared.splits, counter.of(block), check)
     for config, head in zip(block, trained, strict=True):
         if isinstance(head, Diverged):
             work.diverged.append(str(config.out))
@@ -202,10 +172,21 @@ class _Counter:
 
     def __init__(self, planned: Plan, images: int, progress: Progress) -> None:
         self._lock = Lock()
-        self._progress = progress
+        self._progress, self._images = progress, images
         self._steps, self._heads = 0, 0
         self._all_steps = sum(head_steps(block, images) for block in planned.blocks)
         self._all_heads = sum(map(len, planned.blocks))
+
+    def of(self, block: Sequence[TrainConfig]) -> Progress:
+        """Return the progress of a block, whatever it counts in."""
+        steps, told = head_steps(block, self._images), 0
+
+        def progress(done: int, total: int, note: str = "") -> None:
+            nonlocal told
+            self.add(steps * done // total - told, heads=0)
+            told = steps * done // total
+
+        return progress
 
     def add(self, steps: int, heads: int) -> None:
         """Take the news of a block."""
@@ -222,39 +203,3 @@ def _protocol(config: TrainConfig) -> str:
 
 def _is_there(config: TrainConfig) -> bool:
     return config.out is not None and (config.out / RESULTS).is_file()
-
-
-def grid_of(config: SweepConfig) -> list[TrainConfig]:
-    """Return the config of each head, losses outermost and seeds innermost.
-
-    Raises:
-        MlcError: a list is empty, a loss is unknown, or a knob belongs to none of the losses.
-    """
-    losses = tuple(LOSSES) if config.losses == ALL else config.losses
-    for name in ("losses", "batch_size", "lr", "weight_decay", "seeds"):
-        values = getattr(config, name)
-        if not values:
-            raise MlcError(f"{name}: is empty; give at least one")
-        if len(set(values)) != len(values):
-            raise MlcError(f"{name}: has a value twice, got {values}")
-    known = {loss: choose(LOSSES, loss, "loss").knobs() for loss in losses}
-    for knob in config.knobs:
-        if not any(knob in knobs for knobs in known.values()):
-            names = {name for knobs in known.values() for name in knobs}
-            raise MlcError(f"knobs: none of these losses has {knob!r}; {nearest(knob, names)}")
-    common = config.model_dump(include=set(ProtocolConfig.model_fields))
-    grid = []
-    for loss, size, lr, decay, seed in product(
-        losses, config.batch_size, config.lr, config.weight_decay, config.seeds
-    ):
-        own = {
-            "loss": loss,
-            "batch_size": size,
-            "lr": lr,
-            "weight_decay": decay,
-            "seed": seed,
-            "knobs": {name: each for name, each in config.knobs.items() if name in known[loss]},
-            **{f"{what}_seed": getattr(config, f"{what}_seed") + seed for what in config.vary},
-        }
-        grid.append(TrainConfig(**(common | own)))
-    return grid

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mlc.configs.errors import MlcError
+from mlc.configs.device import one_thread
 from mlc.configs.progress import Progress, silent
 from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
@@ -18,30 +17,8 @@ from mlc.heads.explain import estimated_positives, estimator_quality
 from mlc.heads.inputs import Split
 from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
-
-
-@dataclass(frozen=True)
-class TrainedHead:
-    """What training gives.
-
-    Attributes:
-        state: the head's tensors at the best epoch.
-        best_epoch: counted from 1.
-        history: a line of ``metrics.jsonl`` for each epoch.
-        logits: (n, L) float32 at the best epoch, for "val" and "test".
-    """
-
-    state: dict[str, Tensor]
-    best_epoch: int
-    history: list[dict[str, float]]
-    logits: dict[str, NDArray[np.float32]]
-
-
-class Diverged(MlcError):
-    """Scores are not finite."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{name}: training diverged, scores are not finite; try a smaller lr")
+from mlc.heads.train_full_batch import train_full_batch
+from mlc.heads.trained import Diverged, TrainedHead, selection_targets
 
 
 def train_head(
@@ -71,8 +48,9 @@ def train_block(
 ) -> list[TrainedHead | Diverged]:
     """Train heads on "train", select the epoch of each on "val", score "val" and "test" with it.
 
-    Adam without schedule. ``linear_fixed_features`` of the MLSPL release, but for the evaluation
-    of every image: its loaders drop the last partial batch of val and test too.
+    Adam without schedule: ``linear_fixed_features`` of the MLSPL release, but for the evaluation of
+    every image, as its loaders drop the last partial batch of val and test too. Or, if the solver
+    is "lbfgs", see ``train_full_batch``.
 
     Args:
         configs: checked, their knobs settled; they differ in ``lr``, ``weight_decay`` and
@@ -85,6 +63,9 @@ def train_block(
         For each config its head, or what is wrong with it.
     """
     config, images = configs[0], len(splits["train"].image_id)
+    if config.solver == "lbfgs":
+        with one_thread():
+            return [train_full_batch(each, splits, progress) for each in configs]
     heads = [_Progress(each.loss) for each in configs]
     order = torch.Generator().manual_seed(config.order_seed)
     with one_thread():
@@ -136,7 +117,7 @@ def _lines(
 ) -> Iterator[dict[str, float]]:
     """Yield the line of ``metrics.jsonl`` of each head."""
     train, val = splits["train"], splits["val"]
-    targets = val.true if val_labels == "clean" else (val.observed == 1).cpu().numpy()
+    targets = selection_targets(val, val_labels)
     for head, logits in enumerate(block.scores(val.features)):
         line = {"epoch": epoch, "loss": losses[head], "val_mAP": math.nan}
         if torch.isfinite(logits).all():
@@ -177,21 +158,6 @@ def batches_of_epoch(images: int, batch_size: int, order: torch.Generator) -> Te
     batch_size = min(batch_size, images)
     steps = images // batch_size
     return torch.randperm(images, generator=order)[: steps * batch_size].view(steps, batch_size)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch on one core: the matrices of a step are too small to be worth sharing.
-
-    Two threads are no faster, and several times slower when something else runs beside them; a
-    sweep gives each core a block of its own instead.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mlc.heads.train import one_thread
+from mlc.configs.device import one_thread
 
 BLOCK = 32  # resamples at once: 40,137 images of them are 5 MB, which stay in cache
 SEED = 0  # of the draws of seeds

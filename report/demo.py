@@ -6,7 +6,8 @@ from pathlib import Path
 from mlc.configs import Config
 from mlc.configs.errors import MlcError
 from mlc.extract.run import ExtractConfig, ExtractReport, extract
-from mlc.heads.sweep import SweepConfig, sweep
+from mlc.heads.grid import SweepConfig
+from mlc.heads.sweep import sweep
 from mlc.report.console import progress_bar
 from mlc.report.table import Report, make_report
 

@@ -10,7 +10,6 @@ from mlc.heads.run_folder import Run
 SEEDS = ("seed", "order_seed", "corruption_seed")
 TUNED = ("lr", "batch_size", "weight_decay")  # chosen by validation, as the papers' grids are
 FULL_BATCH = "lbfgs"  # the solver that has no learning rate and no batches
-STRENGTH = "l2"  # of its penalty: chosen by each run itself, so seeds of a row may differ in it
 PLACES = ("out", "device", "features", "root")
 FOLLOWS_LOSS = ("knobs", "labels", "solver")
 KEY = "features."  # before the fields of the features' key
@@ -44,7 +43,7 @@ def settings_of(run: Run, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Return what a run is, as text, the hash of its features in the place of their path."""
     if is_full_batch(run):
         without += TUNED
-    config = run.config.model_dump(mode="json", exclude={*without, *PLACES, STRENGTH})
+    config = run.config.model_dump(mode="json", exclude={*without, *PLACES})
     features = run.results["features"]
     size = features["key"].get("size_px")  # 0 or absent where imported features do not say
     config["features"] = features["backbone"] + (f" {size} px" if size else "")
@@ -55,7 +54,7 @@ def settings_of(run: Run, without: tuple[str, ...] = ()) -> dict[str, str]:
 
 def is_full_batch(run: Run) -> bool:
     """Whether a solver without batches trained the head."""
-    return getattr(run.config, "solver", "adam") == FULL_BATCH
+    return run.config.solver == FULL_BATCH
 
 
 def seeds_of(run: Run) -> tuple[int, ...]:
@@ -86,19 +85,18 @@ def names_of(groups: Sequence[Group]) -> list[dict[str, str]]:
 
 
 def tuned_of(group: Group) -> dict[str, str]:
-    """Return what was tuned, as text: of a full-batch solver the L2 strengths of its seeds."""
-    config, adam = group[0].config, not is_full_batch(group[0])
-    decays = {float(_decay(run)) for run in group}
+    """Return what was tuned, as text: of a full-batch solver C alone, which each seed chose."""
+    config = group[0].config
+    if is_full_batch(group[0]):
+        chosen = {run.results["strength"] for run in group}
+        strength = " to ".join(f"{each:.2g}" for each in sorted({min(chosen), max(chosen)}))
+        return {"lr": "", "batch": "", "weight decay": "", "C": strength}
     return {
-        "lr": f"{config.lr:g}" if adam else "",
-        "batch": str(config.batch_size) if adam else "",
-        "weight decay": " to ".join(f"{each:g}" for each in sorted({min(decays), max(decays)})),
+        "lr": f"{config.lr:g}",
+        "batch": str(config.batch_size),
+        "weight decay": f"{config.weight_decay:g}",
+        "C": "",
     }
-
-
-def _decay(run: Run) -> float:
-    own = getattr(run.config, "weight_decay", 0.0)
-    return getattr(run.config, STRENGTH, own) if is_full_batch(run) else own
 
 
 def _varies(name: str, settings: Sequence[dict[str, str]]) -> bool:

@@ -154,7 +154,7 @@ def _departures_of(row: Row) -> list[str]:
         f"selection on {config.val_labels} labels": config.val_labels != "clean",
         f"{config.loss} on {config.labels} labels": method and config.labels != method.labels,
         f"{len(config.classes or ())} of the classes": config.classes is not None,
-        "weight decay": row.tuned["weight decay"] != "0",
+        "weight decay": row.tuned["weight decay"] not in ("", "0"),
         "a full-batch solver": not row.tuned["lr"],
     }
     return [what for what, differs in checks.items() if differs]

@@ -42,9 +42,14 @@ def print_bad(bad: Mapping[str, str]) -> None:
 def print_run(run: Run) -> None:
     """Print the figures of a run and where it is."""
     config, results = run.config, run.results
+    if config.solver == "lbfgs":
+        how, best = "full batch", f"best C {results['strength']:.2g}"
+    else:
+        how = f"lr {config.lr:g}, batch {config.batch_size}"
+        best = f"best epoch {results['best_epoch']} of {config.epochs}"
     click.echo(
-        f"{config.loss}, lr {config.lr:g}, batch {config.batch_size}, {config.labels} labels: best "
-        f"epoch {results['best_epoch']} of {config.epochs}, val mAP {results['selection_mAP']:.2f}"
+        f"{config.loss}, {how}, {config.labels} labels: {best}, "
+        f"val mAP {results['selection_mAP']:.2f}"
     )
     print_metrics(results["test"], "test")
     if not results["truth_known"]:

@@ -46,7 +46,7 @@ class Row:
         runs: in the order of their seeds.
         name: the settings in which the rows of a table differ.
         title: the name as text; what was tuned is added where two rows have the same.
-        tuned: what validation chose, as text: "lr", "batch", "weight decay".
+        tuned: what validation chose, as text: "lr", "batch", "weight decay", "C".
         val: mean validation mAP, in per cent, like all that follows.
         test: mean test mAP.
         deviation: sample standard deviation of the test mAP; NaN of one run.
@@ -231,4 +231,5 @@ def _titles(groups: Sequence[Group], names: Sequence[dict[str, str]]) -> list[st
 
 
 def _tuning(group: Group) -> str:
-    return " ".join(f"{name} {value}" for name, value in grouping.tuned_of(group).items() if value)
+    tuned = grouping.tuned_of(group).items()
+    return " ".join(f"{name} {value}" for name, value in tuned if value not in ("", "0"))

@@ -12,19 +12,20 @@ from mlc.configs.files import written_aside
 from mlc.report.table import Report, Row
 
 PARTIAL = "The truth is not known: labels that are not observed positives count as absent here."
-DECAY = "weight decay"  # a column only where it is not the same for all rows
+OPTIONAL = {"weight decay": 1, "C": 0}  # columns that more values than these make worth having
 Records = Sequence[Mapping[str, str]]
 
 
 def to_records(report: Report) -> list[dict[str, str]]:
     """Return the rows as flat records of text and numbers, for a terminal, CSV and Markdown."""
-    one_decay = len({row.tuned[DECAY] for row in report.rows}) == 1
+    values = {name: {row.tuned[name] for row in report.rows} - {""} for name in OPTIONAL}
+    silent = {name for name, few in OPTIONAL.items() if len(values[name]) <= few}
     records = []
     for index, row in enumerate(report.rows):
         low, high = row.behind.interval
         record = {
             **row.name,
-            **{name: value for name, value in row.tuned.items() if name != DECAY or not one_decay},
+            **{name: value for name, value in row.tuned.items() if name not in silent},
             "seeds": str(row.seeds),
             "val mAP": f"{row.val:.2f}",
             "test mAP": f"{row.test:.2f}",

@@ -2,12 +2,20 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import layouts
+import made_store
 import numpy as np
 import pytest
 import torch
@@ -375,6 +383,200 @@ def test_a_mistake_in_the_data(here, tmp_path, capsys) -> None:
 )
 def test_a_mistake_is_one_sentence(here, capsys, arguments, sentence) -> None:
     assert re.search(sentence, mistake(capsys, *arguments))
+
+
+HEAD_FILES = ("head.safetensors", "scores.npz", "metrics.jsonl")
+
+
+def heads_in(folder: Path) -> dict[str, bytes]:
+    """Return the files of run folders that are the same bit for bit if the heads are."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for name in HEAD_FILES
+        for path in folder.glob(f"*/{name}")
+    }
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in; stores lie beside it."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_head_of_a_sweep_is_the_one_that_train_head_trains(work: Path, empty: Path) -> None:
+    store = ("--features", work / "other/store.h5", "--epochs", "2", "--weight-decay", "0.1")
+    grid = ("--losses", "an,role", "--lr", "1e-2,1e-3", "--batch-size", "8,16", "--seeds", "0,1")
+    main_ok("sweep", *store, *grid, "--out", "swept")
+    swept = heads_in(empty / "swept")
+    assert len(swept) == 16 * len(HEAD_FILES)
+    for loss, size, seed in (("an", 8, 1), ("role", 16, 0), ("role", 8, 1)):
+        settings = ("--lr", "1e-2", "--batch-size", size, "--seed", seed)
+        main_ok("train-head", *store, "--loss", loss, *settings)
+    alone = heads_in(empty / "runs")  # of the same names, which tell all settings
+    assert len(alone) == 3 * len(HEAD_FILES)
+    assert alone.items() <= swept.items()
+
+
+def test_what_a_sweep_varies_is_said(work: Path, empty: Path, capsys) -> None:
+    store = ("--features", work / "other/store.h5", "--epochs", "1", "--losses", "an")
+    main_ok("sweep", *store, "--seeds", "0,1", "--vary", "corruption,order")
+    out = capsys.readouterr().out
+    assert "2 heads in runs; a seed varies: initial weights, corruption, order" in out
+
+
+def test_heads_that_diverge_are_named_and_the_others_compared(
+    work: Path, empty: Path, capsys
+) -> None:
+    grid = ("--losses", "an,role", "--lr", "1e-2,1e38", "--seeds", "0,1", "--epochs", "2")
+    text = mistake(capsys, "sweep", "--features", work / "other/store.h5", *grid)
+    assert text.startswith("error: runs: 4 of 8 heads diverged, try a smaller lr: runs/")
+    assert len(re.findall(r"runs/(?:an|role)-lr1e\+38-bs16-seed[01]-\w+", text)) == 4
+    main_ok("report", "runs")
+    out = capsys.readouterr().out
+    assert re.search(r"^an +0.01 +16 +2 ", out, re.MULTILINE)
+    assert re.search(r"^role +0.01 +16 +2 ", out, re.MULTILINE)
+
+
+FULL = made_store.table_of().observed
+SINGLE = np.where(np.cumsum(FULL == 1, axis=1) * (FULL == 1) == 1, 1, 0).astype(np.int8)
+NONE = np.zeros_like(FULL)
+
+
+def test_all_says_what_it_leaves_out_of_fully_labelled_photos(empty: Path, capsys) -> None:
+    store = made_store.write(empty.parent, made_store.csv_table(FULL))
+    main_ok("sweep", "--features", store, "--losses", "all", "--epochs", "1")
+    out = capsys.readouterr().out
+    assert re.findall(r"^left out (\w+): labels: ", out, re.MULTILINE) == [
+        "pr",
+        "an",
+        "an_ls",
+        "wan",
+    ]
+    assert {path.name.split("-")[0] for path in (empty / "runs").iterdir()} == {
+        *("bce", "bce_ls", "iun", "iu", "epr", "role", "focal", "asl")
+    }
+    first = heads_in(empty / "runs")
+    main_ok("sweep", "--features", store, "--losses", "all", "--epochs", "1")
+    assert capsys.readouterr().out == out
+    assert heads_in(empty / "runs") == first
+
+
+def test_a_sweep_tells_what_the_labels_lack(empty: Path, capsys) -> None:
+    observed = FULL.copy()
+    observed[0], observed[:70, 2] = -1, -1
+    store = made_store.write(empty.parent, made_store.csv_table(observed))
+    main_ok("sweep", "--features", store, "--losses", "bce", "--epochs", "1")
+    out = capsys.readouterr().out
+    assert re.search(r"^labels: \d+ of 70 training images have no observed positive; they", out)
+    assert "labels: 1 of 5 classes have no observed positive in training and cannot be" in out
+    assert "learnt: cat" in out
+
+
+@pytest.mark.xfail(reason="train-head does not say what the labels lack", strict=True)
+def test_train_head_tells_what_the_labels_lack(empty: Path, capsys) -> None:
+    observed = FULL.copy()
+    observed[0], observed[:70, 2] = -1, -1
+    store = made_store.write(empty.parent, made_store.csv_table(observed))
+    main_ok("train-head", "--features", store, "--epochs", "1")
+    out = capsys.readouterr().out
+    assert re.search(r"^labels: \d+ of 70 training images have no observed positive", out)
+    assert "labels: 1 of 5 classes have no observed positive in training and cannot be" in out
+
+
+def nan_store(folder: Path) -> Path:
+    store = made_store.write(folder)
+    made_store.spoil(store, made_store.IDS[3], [float("nan")])
+    return store
+
+
+def store_of(observed: np.ndarray, *, partial: bool = False) -> Callable[[Path], Path]:
+    table = made_store.csv_table(observed, partial=partial)
+    return lambda folder: made_store.write(folder, table)
+
+
+@pytest.mark.parametrize("command", ["train-head", "sweep"])
+@pytest.mark.parametrize(
+    ("make", "loss", "more", "sentence"),
+    [
+        (nan_store, "bce", (), r"zarr: features of 1 of 130 images are NaN.*image id 1003\)"),
+        (store_of(FULL), "an", (), r"labels: an makes no use of observed negatives, got \d+ ce"),
+        (store_of(SINGLE), "iu", (), r"labels: iu learns from observed negatives, got none in"),
+        (store_of(NONE - 1), "bce", (), r"labels: no positive is observed, in 70 training imag"),
+        (store_of(NONE), "role", (), r"labels: no positive is observed, in 70 training images"),
+        (store_of(SINGLE, partial=True), "role", (), r"not known of partial labels; pass --set"),
+        (store_of(SINGLE, partial=True), "epr", (), r"expected_positives: not known of partial"),
+        (made_store.write, "an", ("--labels", "full"), r"an makes no .* use --labels single-po"),
+        (made_store.write, "an", ("--weight-decay", "-0.1"), r"weight_decay: .* got -0.1"),
+        (made_store.write, "an", ("--weight-decay", "1e9"), r"weight_decay: .* below 1 / lr, go"),
+        (made_store.write, "an", ("--val-labels", "cleen"), r"val_labels: .*ed', got 'cleen'"),
+        (made_store.write, "an", ("--set", "order_seed=-1"), r"order_seed: should be from 0 to"),
+    ],
+)  # fmt: skip
+def test_input_that_nothing_can_be_learnt_from_is_one_sentence_and_leaves_no_trace(
+    empty: Path,
+    capsys,
+    command: str,
+    make: Callable[[Path], Path],
+    loss: str,
+    more: tuple[str, ...],
+    sentence: str,
+) -> None:
+    named = ("--loss", loss) if command == "train-head" else ("--losses", f"{loss},asl")
+    text = mistake(capsys, command, "--features", make(empty.parent), *named, *more)
+    assert re.search(sentence, text)
+    assert not list(empty.iterdir())
+
+
+def test_an_unknown_thing_to_vary_is_a_mistake(empty: Path, capsys) -> None:
+    text = mistake(capsys, "sweep", "--vary", "odrer")
+    assert re.search(r"vary.0: should be 'order' or 'corruption', got 'odrer'", text)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let processes that are started here be stopped, though this one may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_finished_heads_and_the_same_command_goes_on(empty: Path, capsys) -> None:
+    store = made_store.write(empty.parent)
+    grid = ("--losses", "bce,role", "--seeds", "0,1,2,3,4,5", "--vary", "order", "--epochs", "20")
+    command = ["sweep", "--features", str(store), *grid]
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlc", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "2"},
+            text=True,
+        )
+    with process:
+        while process.poll() is None and not list((empty / "runs").glob("*/results.json")):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    kept = heads_in(empty / "runs")
+    heads = len(kept) // len(HEAD_FILES)
+    assert 1 <= heads < 12
+    assert err.splitlines()[-1] == (
+        f"runs: stopped, {heads} of 12 heads are kept; the same command goes on from there"
+    )
+    assert "Traceback" not in err
+    main_ok(*command)
+    table = capsys.readouterr().out
+    assert kept.items() < heads_in(empty / "runs").items()
+    main_ok(*command, "--out", "whole")
+    assert capsys.readouterr().out.replace("in whole", "in runs") == table
+    assert heads_in(empty / "whole") == heads_in(empty / "runs")
 
 
 def test_weights_that_do_not_fit_are_reported(here, capsys, tmp_path) -> None:

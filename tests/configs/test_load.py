@@ -13,7 +13,7 @@ from mlc.configs.errors import MlcError
 from mlc.datasets.prepare import PrepareConfig
 from mlc.extract.run import ExtractConfig
 from mlc.heads.config import TrainConfig
-from mlc.heads.sweep import SweepConfig
+from mlc.heads.grid import SweepConfig
 from mlc.report.demo import DemoConfig
 
 COMMANDS: dict[str, type[Config]] = {

@@ -6,10 +6,11 @@ import pytest
 import torch
 from plain import PlainTraining
 
+from mlc.configs.device import one_thread
 from mlc.heads.block import LinearBlock, Start
 from mlc.heads.inputs import Split
 from mlc.heads.losses import LOSSES
-from mlc.heads.train import batches_of_epoch, one_thread
+from mlc.heads.train import batches_of_epoch
 
 GOLDEN = golden.load("mlspl/trajectory.json")
 EXPECTED_POSITIVES = 1.5

@@ -1,19 +1,20 @@
 """Inputs: labels meet features by image id, and nothing is guessed where two sources disagree."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import made_store
 import numpy as np
 import pytest
 import torch
 
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels, save_labels
-from mlc.heads.inputs import Features, LabelsConfig, join, read_features, read_labels
-from mlc.store.key import FeatureKey
+from mlc.datasets.protocol import apply_protocol
+from mlc.heads.inputs import Features, LabelsConfig, join, read_features, read_labels, relabel
 from mlc.store.reader import labels_path
 from mlc.store.schema import SUFFIXES
-from mlc.store.writer import Layout, StoreWriter
 
 CPU = torch.device("cpu")
 IDS = [str(each) for each in range(12)]
@@ -86,33 +87,9 @@ def test_a_split_without_any_features_is_refused(table: LabelTable) -> None:
     assert set(join(without_val, table, CPU, ("test",))) == {"test"}
 
 
-KEY = FeatureKey(
-    backbone="stub",
-    weights="0",
-    layers=("final",),
-    size_px=32,
-    resize="squash",
-    interpolation="bilinear",
-    decode="pillow",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    precision="float32",
-    views=("original",),
-    dtype="float32",
-)
-
-
 def write_store(path: Path, image_ids: list[str], bad: set[str]) -> Path:
-    ids = np.array(image_ids)
-    writer = StoreWriter.create_or_resume(path, Layout(KEY, ids, ids, {"final": 2}, 4, 5, {}))
-    error = np.array(["not an image" if each in bad else "" for each in image_ids])
-    values = np.array([[feature_of(each)] for each in image_ids], dtype=np.float32)
-    for shard in writer.shards():
-        rows = slice(shard.start, shard.stop)
-        writer.write_shard(shard, {"final": values[rows]}, ids[rows], error[rows])
-    writer.finish()
-    writer.close()
-    return path
+    values = np.array([feature_of(each) for each in image_ids], dtype=np.float32)
+    return made_store.write_store(path, image_ids, values, bad)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -126,6 +103,76 @@ def test_bad_images_of_a_store_are_left_out(tmp_path: Path, table: LabelTable, s
     assert splits["test"].image_id.tolist() == ["9", "11"]
     for split in splits.values():
         assert_joined(split, table)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf]])
+def test_features_that_are_no_numbers_are_told_by_their_images(
+    tmp_path: Path, suffix: str, values: list[float]
+) -> None:
+    path = write_store(tmp_path / f"a{suffix}", IDS, bad={"3"})
+    made_store.spoil(path, "9", values)
+    made_store.spoil(path, "4", values)
+    with pytest.raises(
+        MlcError,
+        match=rf"^{path}: features of 2 of 11 images are NaN or infinite \(image id 4, 9\); ",
+    ):
+        read_features(path)
+
+
+@pytest.mark.xfail(reason="the sum of a row in float32 overflows", strict=True)
+def test_infinities_that_cancel_are_told_without_a_warning(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", IDS, bad=set())
+    made_store.spoil(path, "9", [math.inf, -math.inf])
+    with pytest.raises(MlcError, match=r"features of 1 of 12 images .* \(image id 9\)"):
+        read_features(path)
+
+
+@pytest.mark.xfail(reason="the sum of a row in float32 overflows", strict=True)
+def test_large_features_are_numbers(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", IDS, bad=set())
+    made_store.spoil(path, "9", [3e38, 3e38])
+    assert read_features(path).values.max() == np.float32(3e38)
+
+
+def test_of_many_images_without_numbers_some_are_named(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", IDS, bad=set())
+    for image_id in IDS[:6]:
+        made_store.spoil(path, image_id, [math.nan])
+    with pytest.raises(MlcError, match=r"of 6 of 12 images .* \(image id 0, 1, 2, 3, 4, \.\.\.\);"):
+        read_features(path)
+
+
+def test_features_of_a_bad_image_do_not_matter(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", IDS, bad={"9"})
+    made_store.spoil(path, "9", [math.nan])
+    assert "9" not in read_features(path).image_id
+
+
+def test_other_labels_of_the_same_images_share_their_features(table: LabelTable) -> None:
+    stored = np.random.default_rng(1).permutation(IDS[1:]).tolist()  # one lacks features
+    table = replace(table, true=table.true | (np.arange(3) == 0))
+    splits = join(features_of(stored), table, CPU)
+    before = {name: split.observed.clone() for name, split in splits.items()}
+    shown = apply_protocol(table, "one-positive-one-negative", corruption_seed=5)
+    again = relabel(splits, shown)
+    assert set(again) == set(splits)
+    for name, split in again.items():
+        assert split.features is splits[name].features
+        np.testing.assert_array_equal(split.image_id, splits[name].image_id)
+        assert_joined(split, shown)
+        assert not torch.equal(split.observed, before[name])
+        assert torch.equal(splits[name].observed, before[name])
+
+
+def test_relabelled_is_joined_anew(table: LabelTable) -> None:
+    """Rows are found by image id, whatever the order of the table."""
+    splits = join(features_of(IDS), table, CPU)
+    shuffled = table.rows(np.random.default_rng(2).permutation(12))
+    unknown = replace(shuffled, observed=np.zeros_like(shuffled.observed), true=None)
+    for name, split in relabel(splits, shuffled).items():
+        assert_joined(split, table)
+        assert not relabel(splits, unknown)[name].true.any()
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from mlc.configs.device import one_thread
 from mlc.configs.errors import MlcError
+from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.inputs import Split
 from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
-from mlc.heads.train import TrainedHead, batches_of_epoch, probabilities, train_head
+from mlc.heads.train import batches_of_epoch, probabilities, train_block, train_head
+from mlc.heads.trained import Diverged, TrainedHead
 
 
 def random_split(images: int, seed: int) -> Split:
@@ -77,6 +80,45 @@ def test_history_has_a_line_for_each_epoch_and_progress_hears_of_it(splits: dict
     assert heard == [(1, 3), (2, 3), (3, 3)]
     losses = [line["loss"] for line in trained.history]
     assert 0 < losses[-1] < losses[0] < 2
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_line_tells_how_many_positives_the_head_estimates(splits: dict, loss: str) -> None:
+    trained = train(splits, loss=loss)
+    best = trained.history[trained.best_epoch - 1]
+    probs = 1 / (1 + np.exp(-trained.logits["val"].astype(np.float64)))
+    want = probs.sum(axis=1).mean()
+    assert best["val_estimated_positives"] == pytest.approx(want, rel=1e-5)
+    others = {line["val_estimated_positives"] for line in trained.history}
+    assert len(others) == len(trained.history)
+
+
+def test_roles_lines_tell_what_its_table_is_worth(splits: dict) -> None:
+    """Recomputed from the tables of a block that took the same steps."""
+    history = train(splits, loss="role", lr=3e-2, batch_size=7).history
+    train_ = splits["train"]
+    order = torch.Generator().manual_seed(0)
+    knobs, start = {"expected_positives": 1.5}, Start(3e-2, 0.0, seed=0)
+    with one_thread():
+        block = LinearBlock(LOSSES["role"], knobs, [start], train_, 7)
+        assert block.estimator is not None
+        for line in history:
+            block.epoch(batches_of_epoch(60, 7, order))
+            estimates = torch.sigmoid(block.estimator.logits(0)).numpy().astype(np.float64)
+            hidden = train_.observed.numpy() == 0
+            hits = (hidden & train_.true & (estimates > 0.5)).sum()
+            assert 0 < hits < (hidden & train_.true).sum()
+            assert line["hidden_precision"] == 100 * hits / (hidden & (estimates > 0.5)).sum()
+            assert line["hidden_recall"] == 100 * hits / (hidden & train_.true).sum()
+            want = estimates.sum(axis=1).mean()
+            assert line["train_estimated_positives"] == pytest.approx(want, rel=1e-6)
+    assert len({line["train_estimated_positives"] for line in history}) == 4
+
+
+def test_only_role_has_a_table_to_tell_of(splits: dict) -> None:
+    own = {"train_estimated_positives", "hidden_precision", "hidden_recall"}
+    for loss in LOSSES:
+        assert (set(train(splits, loss=loss).history[0]) >= own) == (loss == "role")
 
 
 @pytest.fixture
@@ -214,3 +256,48 @@ def test_features_that_are_not_finite_are_told(splits: dict, value: float) -> No
 def test_a_learning_rate_that_overflows_is_told(splits: dict) -> None:
     with pytest.raises(MlcError, match=r"bce: training diverged, .* not finite; .* smaller lr"):
         train(splits, loss="bce", lr=1e38)
+
+
+def test_a_head_that_diverges_in_any_epoch_has_diverged(
+    splits: dict, scripted: Callable[..., None]
+) -> None:
+    scripted(50, math.nan, 60, 70)
+    with pytest.raises(Diverged, match=r"an: training diverged"):
+        train(splits)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_head_of_a_block_that_diverges_leaves_the_others_their_bits(
+    splits: dict, loss: str
+) -> None:
+    knobs = {"expected_positives": 1.5} if "expected_positives" in LOSSES[loss].knobs() else {}
+    configs = [
+        TrainConfig(loss=loss, lr=lr, seed=seed, knobs=knobs, epochs=3)
+        for lr, seed in ((1e-2, 0), (1e38, 0), (1e-2, 1), (1e38, 1))
+    ]
+    together = train_block(configs, splits)
+    assert [isinstance(each, Diverged) for each in together] == [False, True, False, True]
+    for each in (0, 2):
+        (lonely,) = train_block([configs[each]], splits)
+        assert isinstance(lonely, TrainedHead)
+        assert isinstance(together[each], TrainedHead)
+        assert same(lonely, together[each])
+
+
+def test_torch_has_its_threads_back_after_training(splits: dict) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(splits)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(Diverged):
+            train(splits, lr=1e38)
+        with pytest.raises(InterruptedError):
+            train_block([TrainConfig()], splits, check=interrupt)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def interrupt() -> None:
+    raise InterruptedError

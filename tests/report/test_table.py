@@ -11,7 +11,6 @@ import pytest
 from made_runs import IMAGES, KEY, TRUE, write
 
 from mlc.configs.errors import MlcError
-from mlc.heads.config import TrainConfig
 from mlc.heads.metrics import mean_ap
 from mlc.heads.run_folder import Run
 from mlc.report.table import Difference, Report, find_runs, make_report
@@ -92,7 +91,7 @@ def test_every_setting_can_be_shown(tmp_path: Path) -> None:
     runs = [write(tmp_path, str(lr), lr=lr, skill=100 * lr, val=lr) for lr in (1e-3, 1e-2, 2e-2)]
     report = report_of(runs, every_setting=True)
     assert [row.tuned["lr"] for row in report.rows] == ["0.02", "0.01", "0.001"]
-    assert report.rows[0].title == "an lr 0.02 batch 16 weight decay 0"
+    assert report.rows[0].title == "an lr 0.02 batch 16"
 
 
 def test_rows_are_in_falling_order_of_test_map_behind_the_best(tmp_path: Path) -> None:
@@ -194,16 +193,9 @@ def test_a_setting_in_which_rows_differ_is_a_column(tmp_path: Path) -> None:
     assert list(to_records(report)[0])[:2] == ["loss", "epochs"]
 
 
-class FullBatchConfig(TrainConfig):
-    """As of a solver without batches."""
-
-    solver: str = "adam"
-    l2: float = 0.0
-
-
-def full_batch(run: Run, l2: float) -> Run:
-    config = FullBatchConfig(**run.config.model_dump(), solver="lbfgs", l2=l2)
-    return Run(run.path, config, run.results)
+def full_batch(run: Run, strength: float) -> Run:
+    config = run.config.model_copy(update={"solver": "lbfgs"})
+    return Run(run.path, config, {**run.results, "strength": strength})
 
 
 def test_what_a_full_batch_run_chose_itself_does_not_part_its_seeds(tmp_path: Path) -> None:
@@ -216,16 +208,15 @@ def test_what_a_full_batch_run_chose_itself_does_not_part_its_seeds(tmp_path: Pa
         for seed, l2 in enumerate(l2s)
     ]
     bce, an, _ = to_records(report_of(runs))
-    assert (bce["seeds"], bce["weight decay"]) == ("2", "0.01 to 0.1")
-    assert (an["seeds"], an["weight decay"]) == ("2", "1")
+    assert (bce["seeds"], bce["C"]) == ("2", "0.01 to 0.1")
+    assert (an["seeds"], an["C"]) == ("2", "1")
     assert (an["lr"], an["batch"]) == ("", "")
 
 
 def test_the_solver_is_a_column_where_one_loss_has_two(tmp_path: Path) -> None:
     def with_solver(loss: str, solver: str) -> Run:
         run = write(tmp_path, f"{loss} {solver}", loss=loss)
-        config = FullBatchConfig(**run.config.model_dump(), solver=solver)
-        return Run(run.path, config, run.results)
+        return full_batch(run, 0.1) if solver == "lbfgs" else run
 
     bce, role = with_solver("bce", "lbfgs"), with_solver("role", "adam")
     assert {tuple(row.name) for row in report_of([bce, role]).rows} == {("loss",)}

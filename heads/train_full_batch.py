@@ -1,0 +1,59 @@
+"""train_full_batch(): a convex head at its optimum, its L2 strength chosen by validation."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc.configs.progress import Progress, silent
+from mlc.heads.config import TrainConfig
+from mlc.heads.explain import estimated_positives
+from mlc.heads.full_batch import STRENGTHS, fit_path
+from mlc.heads.inputs import Split
+from mlc.heads.metrics import mean_ap
+from mlc.heads.trained import TrainedHead, selection_targets
+
+
+def train_full_batch(
+    config: TrainConfig, splits: Mapping[str, Split], progress: Progress = silent
+) -> TrainedHead:
+    """Solve for each strength on "train", choose one on "val", score "val" and "test" with it.
+
+    Args:
+        config: checked, its knobs settled, its solver "lbfgs".
+        splits: "train", "val" and "test", on the device of training.
+        progress: told how many problems, of a class and a strength, are solved.
+
+    Returns:
+        The head; its history has a line for each strength in the place of epochs.
+    """
+    strengths = config.strengths or STRENGTHS
+    train, val = splits["train"], splits["val"]
+    path = fit_path(
+        train.features,
+        train.observed,
+        config.loss,
+        strengths,
+        knobs=config.knobs,
+        progress=progress,
+    )
+    targets = selection_targets(val, config.val_labels)
+    history = []
+    for index, strength in enumerate(strengths):
+        probs = path.logits(val.features, index).sigmoid().cpu()
+        history.append(
+            {
+                "strength": strength,
+                "converged": float(path.converged[index].float().mean()),
+                "val_mAP": mean_ap(probs.numpy(), targets),
+                "val_estimated_positives": estimated_positives(probs),
+            }
+        )
+    best = int(np.argmax([line["val_mAP"] for line in history]))
+    logits: dict[str, NDArray[np.float32]] = {
+        name: path.logits(splits[name].features, best).float().cpu().numpy()
+        for name in ("val", "test")
+    }
+    state = {"weight": path.weight[best], "bias": path.bias[best]}
+    state = {name: each.float().cpu().contiguous() for name, each in state.items()}
+    return TrainedHead(state, best + 1, history, logits)
