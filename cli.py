@@ -194,7 +194,7 @@ def info(path: Path) -> None:
 @CONFIG
 @LABELS
 @click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
-@click.option("--head", help="linear; default linear.")
+@click.option("--head", help="linear or normalised-linear; default linear.")
 @click.option("--solver", help="adam, or lbfgs: the optimum of a convex loss; default adam.")
 @click.option("--lr", type=float, help="Of Adam; default 1e-3.")
 @click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
@@ -226,6 +226,7 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 @CONFIG
 @LABELS
 @click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
+@click.option("--head", help="linear or normalised-linear; default linear.")
 @click.option("--solvers", callback=names, help="adam,lbfgs; default adam.")
 @click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
 @click.option("--weight-decay", callback=partial(numbers, float), help="e.g. 0,1e-2; default 0.")

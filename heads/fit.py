@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlc.configs.device import choose_device
+from mlc.configs.errors import choose
 from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
 from mlc.datasets.labels import LabelTable
@@ -17,6 +18,7 @@ from mlc.datasets.source import DATASETS
 from mlc.heads.config import TrainConfig, check_config, default_labels, settle_knobs
 from mlc.heads.explain import frequency_bins
 from mlc.heads.inputs import Features, Split, join, relabel
+from mlc.heads.linear import HEADS
 from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
@@ -33,7 +35,8 @@ class Prepared:
     Attributes:
         source: hash of the table as read.
         table: the label table, its splits assigned.
-        splits: "train", "val" and "test", on the device of training.
+        splits: "train", "val" and "test", on the device of training, their features as the affine
+            map of the head sees them.
     """
 
     source: str
@@ -64,6 +67,7 @@ def prepare(
     )
     if like is None:
         splits = join(features, shown, choose_device(config.device))
+        splits = {name: _as_seen(config.head, split) for name, split in splits.items()}
     else:
         splits = relabel(like.splits, shown)
     return Prepared(table.digest() if like is None else like.source, shown, splits)
@@ -146,6 +150,10 @@ def run_path(
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     how = f"lr{config.lr:g}-bs{config.batch_size}" if config.solver == "adam" else config.solver
     return folder / f"{config.loss}-{how}-seed{config.seed}-{digest}"
+
+
+def _as_seen(head: str, split: Split) -> Split:
+    return replace(split, features=choose(HEADS, head, "head").inputs(split.features))
 
 
 def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:

@@ -34,6 +34,7 @@ from mlc.heads.logistic import (
 
 ARMIJO, WOLFE = 1e-4, 0.9  # of the slope: decrease that a step must reach, slope that it may leave
 TRIALS = 40  # step lengths
+PATIENCE = 40  # steps without a smaller gradient, after which rounding is taken to hide the rest
 REFRESH = 32  # steps between two logits from scratch: updated ones gather rounding errors
 
 
@@ -79,7 +80,11 @@ def solve(
     now = start(problems, [queue.pop(0) for _ in queue[:slots]])
     iteration = 0
     while len(now):
-        converged = gradient_norm(problems.features, now) <= tolerance
+        norm = gradient_norm(problems.features, now)
+        now.least_at = torch.where(norm < now.least, now.steps, now.least_at)
+        now.least = torch.minimum(norm, now.least)
+        now.stalled |= now.steps - now.least_at >= PATIENCE
+        converged = norm <= tolerance
         done = converged | now.stalled | (now.steps >= max_iter)
         if bool(done.any()):
             yield _solved(now, done, converged)

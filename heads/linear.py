@@ -1,4 +1,4 @@
-"""Linear head: one affine map of the pooled features."""
+"""Linear heads: one affine map of the pooled features, as they are or of one length."""
 
 import math
 
@@ -22,9 +22,27 @@ class LinearHead(nn.Module):
             self.weight.uniform_(-bound, bound, generator=generator)
             self.bias.uniform_(-bound, bound, generator=generator)
 
+    @staticmethod
+    def inputs(features: Tensor) -> Tensor:
+        """Return what the affine map sees of features (B, D); nothing in it is trained."""
+        return features
+
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (B, L)."""
-        return nn.functional.linear(features, self.weight, self.bias)
+        return nn.functional.linear(self.inputs(features), self.weight, self.bias)
 
 
-HEADS = {"linear": LinearHead}
+class NormalisedLinearHead(LinearHead):
+    """A linear head that sees the direction of an image's features, not their length.
+
+    The features of each image are scaled to the Euclidean length sqrt(D), so that a feature is of
+    the size of 1 and learning rates and strengths keep their meaning. Zeros stay zeros.
+    """
+
+    @staticmethod
+    def inputs(features: Tensor) -> Tensor:
+        """Return features (B, D) of length sqrt(D)."""
+        return nn.functional.normalize(features, dim=1) * math.sqrt(features.shape[1])
+
+
+HEADS = {"linear": LinearHead, "normalised-linear": NormalisedLinearHead}

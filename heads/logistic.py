@@ -78,6 +78,7 @@ class Slots:
         stop: (P,) where the track ends.
         steps: (P,) taken at this strength.
         stalled: (P,) bool, no step length was found.
+        least: (P,) norm of the gradient, at this strength, and ``least_at``, after which step.
         total: (P,) T.
         l2: (P,) 1 / (C T).
         curvature: (P,) mean second derivative of the loss by the logits.
@@ -96,6 +97,8 @@ class Slots:
     stop: Tensor
     steps: Tensor
     stalled: Tensor
+    least: Tensor
+    least_at: Tensor
     total: Tensor
     l2: Tensor
     curvature: Tensor
@@ -163,7 +166,7 @@ def start(problems: Problems, tracks: Sequence[Track]) -> Slots:
     total = torch.where(total > 0, total, 1)  # a class without labels: f is |w|^2 alone
     present, absent = present / total[:, None], absent / total[:, None]
     share = (1 + present.sum(dim=1) - absent.sum(dim=1)) / 2  # 1/2 without labels
-    share = share
+    share = share.clamp(0.5 / images, 1 - 0.5 / images)
     unknowns = values.new_zeros(len(tracks), width + 1)
     unknowns[:, -1] = torch.logit(share)
     slots = Slots(
@@ -172,6 +175,8 @@ def start(problems: Problems, tracks: Sequence[Track]) -> Slots:
         stop=stop,
         steps=torch.zeros_like(column),
         stalled=torch.zeros_like(column, dtype=torch.bool),
+        least=torch.full_like(total, torch.inf),
+        least_at=torch.zeros_like(column),
         total=total,
         l2=1 / (problems.strengths[position] * total),
         curvature=share * (1 - share),
@@ -205,6 +210,7 @@ def raise_strength(problems: Problems, slots: Slots, rows: Tensor) -> None:
     slots.inverse[rows] = torch.where(slots.inverse[rows] > 0, inverse(products), 0)
     slots.steps[rows] = 0
     slots.stalled[rows] = False
+    slots.least[rows] = torch.inf
 
 
 def inverse(product: Tensor) -> Tensor:

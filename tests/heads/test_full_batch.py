@@ -190,7 +190,9 @@ def test_slots_do_not_change_the_answer(classes: int) -> None:
 
 
 def test_no_more_problems_are_under_way_than_there_are_slots() -> None:
+    """All classes the same, so that both slots are done at once, and one has no successor."""
     features, labels = problem()
+    labels = labels[:, :1].repeat(1, CLASSES)
     asked = []
 
     def cells(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,6 +214,25 @@ def test_no_more_problems_are_under_way_than_there_are_slots() -> None:
     assert sorted((int(position), int(column)) for position, column in solved) == [
         (position, column) for position in range(2) for column in range(CLASSES)
     ]
+
+
+def test_what_stalls_does_not_hold_up_the_next_strength() -> None:
+    """Nothing meets this tolerance: each problem ends where rounding hides any decrease."""
+    features, labels = problem(classes=70)
+    strengths = (0.01, 1.0)
+    stalled = fit_path(features, labels, "bce", strengths, knobs={}, tolerance=1e-30)
+    assert not stalled.converged.any()
+    assert int(stalled.iterations.max()) < 500
+    path = fit_path(features, labels, "bce", strengths, knobs={}, tolerance=1e-9)
+    torch.testing.assert_close(stalled.weight, path.weight, rtol=0, atol=1e-6)
+
+
+def test_correlated_features_take_few_steps() -> None:
+    """The first guess of the Hessian is right where regularisation dominates, good elsewhere."""
+    features, labels = problem()
+    path = fit_path(features, labels, "bce", (1e-7, 1e-2), knobs={}, tolerance=1e-7)
+    assert int(path.iterations[0].max()) <= 4
+    assert int(path.iterations[1].max()) <= 20
 
 
 def test_a_strength_starts_from_the_one_before() -> None:
@@ -289,20 +310,21 @@ def test_steps_run_out() -> None:
 
 
 def test_the_strength_is_chosen_by_map() -> None:
-    """Of four heads of one class on one feature, two rank the positives first."""
-    weight = torch.tensor([-1.0, 1.0, 2.0, 0.0]).view(4, 1, 1)
+    """Of five heads of one class on one feature, two rank the positives first."""
+    weight = torch.tensor([-1.0, 1.0, 2.0, 0.0, -2.0]).view(5, 1, 1)
     path = StrengthPath(
-        strengths=(0.1, 1.0, 10.0, 100.0),
+        strengths=(0.1, 1.0, 10.0, 100.0, 1000.0),
         weight=weight,
-        bias=torch.zeros(4, 1),
-        iterations=torch.zeros(4, 1, dtype=torch.int64),
-        converged=torch.ones(4, 1, dtype=torch.bool),
+        bias=torch.zeros(5, 1),
+        iterations=torch.zeros(5, 1, dtype=torch.int64),
+        converged=torch.ones(5, 1, dtype=torch.bool),
     )
     features = torch.tensor([[2.0], [1.0], [0.0], [-1.0]])
     targets = np.array([[True], [True], [False], [False]])
     chosen = select_strength(path, features, targets)
     assert (chosen.index, chosen.strength) == (1, 1.0)
-    np.testing.assert_allclose(chosen.mAP, [100 * (1 / 3 + 2 / 4) / 2, 100, 100, 50])
+    worst = 100 * (1 / 3 + 2 / 4) / 2
+    np.testing.assert_allclose(chosen.mAP, [worst, 100, 100, 50, worst])
 
 
 def test_rows_are_scaled_to_one_length() -> None:
