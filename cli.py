@@ -217,6 +217,8 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     check_config(config)
     features = read_features(config.features)
     prepared = prepare(config, features, read_labels(config, features.path))
+    for note in prepared.notes():
+        click.echo(note)
     with progress_bar("train", "epochs") as progress:
         run = fit(config, features, prepared, progress)
     print_run(run)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ def made_by() -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "created": time.time(),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **_versions(),
     }
 
 
+@cache  # a sweep asks for each of its heads
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+@cache
 def _commit() -> str | None:
     folder = Path(mlc.__file__).parent
     if not (folder / ".git").exists():

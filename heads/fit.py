@@ -23,7 +23,7 @@ from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
 from mlc.heads.trained import TrainedHead
-from mlc.heads.training_labels import check_labels
+from mlc.heads.training_labels import check_labels, label_gaps
 
 NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
 
@@ -42,6 +42,10 @@ class Prepared:
     source: str
     table: LabelTable
     splits: dict[str, Split]
+
+    def notes(self) -> list[str]:
+        """Return sentences on what the training labels lack."""
+        return label_gaps(self.splits["train"].observed.cpu().numpy(), self.table.classes)
 
 
 def prepare(

@@ -14,7 +14,6 @@ from threading import Event, Lock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mlc.configs.device import one_thread
@@ -23,7 +22,6 @@ from mlc.configs.progress import Progress, silent
 from mlc.heads.lbfgs import Solved, solve
 from mlc.heads.logistic import Problems, Rotated, Track, bytes_per_slot, rotate
 from mlc.heads.losses import LOSSES, check_knobs
-from mlc.heads.metrics import mean_ap
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-6, 5, 45))
 LEAST_SLOTS = 32  # of a core: a matrix product of fewer columns wastes it
@@ -56,21 +54,6 @@ class StrengthPath:
     def logits(self, features: Tensor, index: int) -> Tensor:
         """Return the logits (N, L) of features (N, D) at one strength."""
         return torch.nn.functional.linear(features, self.weight[index], self.bias[index])
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The strength that scored best.
-
-    Attributes:
-        index: of it in the path; of equals the first, in an ascending path the most regularised.
-        strength: C.
-        mAP: of every strength, in per cent.
-    """
-
-    index: int
-    strength: float
-    mAP: tuple[float, ...]
 
 
 def cell_weights(
@@ -107,14 +90,6 @@ def cell_weights(
     if not bool((weights >= 0).all()):
         raise MlcError(f"weights: should not be negative or NaN, got {float(weights.min())}")
     return present * weights, absent * weights
-
-
-def scale_rows(features: Tensor, length: float) -> Tensor:
-    """Scale every image's features (N, D) to one Euclidean length; zeros stay zeros.
-
-    With the mean length of the training images, strengths mean about what they do without.
-    """
-    return length * torch.nn.functional.normalize(features, dim=1)
 
 
 def fit_path(
@@ -182,22 +157,6 @@ def fit_path(
         results.wait([pool.submit(work, share) for share in shares])
         _turn_back(path, problems.features)
     return path
-
-
-def select_strength(path: StrengthPath, features: Tensor, targets: NDArray[np.bool_]) -> Selection:
-    """Choose one strength for all classes: that of the best mAP (``mean_ap``) of a split.
-
-    Args:
-        path: the heads.
-        features: (N, D), of the validation split.
-        targets: (N, L) bool.
-    """
-    scores = tuple(
-        mean_ap(torch.sigmoid(path.logits(features, index)).cpu().numpy(), targets)
-        for index in range(len(path.strengths))
-    )
-    best = int(np.argmax(scores))
-    return Selection(best, path.strengths[best], scores)
 
 
 def _check(

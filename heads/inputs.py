@@ -160,8 +160,10 @@ def relabel(splits: Mapping[str, Split], table: LabelTable) -> dict[str, Split]:
 
 
 def _require_finite(path: Path, image_id: NDArray[np.str_], values: NDArray[np.float32]) -> None:
-    # A sum is NaN or infinite if a term is, and needs no copy of a gigabyte.
-    bad = image_id[~np.isfinite(values.sum(axis=1))]
+    # A sum is NaN or infinite if a term is, and needs no copy of a gigabyte; in float64 it does
+    # not overflow, and that infinities of both signs have none is no news.
+    with np.errstate(invalid="ignore"):
+        bad = image_id[~np.isfinite(values.sum(axis=1, dtype=np.float64))]
     if len(bad):
         shown = ", ".join(bad[:NAMED_IMAGES].tolist()) + (
             ", ..." if len(bad) > NAMED_IMAGES else ""

@@ -22,7 +22,6 @@ from torch.nn.functional import softplus
 
 HISTORY = 10  # pairs of steps and gradient changes
 BLOCK = 8192  # images centred at a time
-LEAST_VARIANCE = 1e-6  # of the largest; below it, float32 eigenvalues are noise
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Rotated:
         values: (N, D), centred and rotated.
         mean: (D,), of the features.
         rotation: (D, D) orthonormal; ``values = (features - mean) @ rotation``.
-        variance: (D,), of ``values``, floored.
+        variance: (D,), of ``values``, >= 0.
         turned_mean: (D,), ``mean @ rotation``.
     """
 
@@ -138,8 +137,7 @@ def rotate(features: Tensor) -> Rotated:
     values = torch.empty_like(features)
     for block, out in zip(torch.split(features, BLOCK), torch.split(values, BLOCK), strict=True):
         torch.matmul(block - mean, rotation, out=out)
-    floor = LEAST_VARIANCE * variance.max().clamp(min=torch.finfo(features.dtype).tiny)
-    return Rotated(values, mean, rotation, variance.clamp(min=floor), mean @ rotation)
+    return Rotated(values, mean, rotation, variance.clamp(min=0), mean @ rotation)
 
 
 def bytes_per_slot(images: int, width: int, itemsize: int) -> int:

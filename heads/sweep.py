@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, Lock
 
 from mlc.configs.device import one_thread
@@ -22,7 +23,7 @@ from mlc.heads.plan import Plan, head_steps, plan
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import train_block
 from mlc.heads.trained import Diverged
-from mlc.heads.training_labels import check_labels, label_gaps
+from mlc.heads.training_labels import check_labels
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,17 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
             "heads are kept; the same command goes on from there"
         ) from None
     if work.diverged:
-        raise MlcError(
-            f"{config.out}: {len(work.diverged)} of {len(work.configs)} heads diverged, try a "
-            f"smaller lr: {', '.join(work.diverged)}; the others are kept, mlc report "
-            f"{config.out} compares them"
-        )
+        raise _diverged(config.out, work)
     return Swept([read_run(each.out) for each in work.configs if each.out], work.notes)
+
+
+def _diverged(out: Path, work: "_Work") -> MlcError:
+    names = [str(each.out) for each in work.configs if str(each.out) in work.diverged]
+    kept = f"; the others are kept, mlc report {out} compares them"
+    return MlcError(
+        f"{out}: {len(names)} of {len(work.configs)} heads diverged, try a smaller lr: "
+        f"{', '.join(names)}{kept if len(names) < len(work.configs) else ''}"
+    )
 
 
 @dataclass
@@ -121,9 +127,7 @@ def _add_protocol(work: _Work, config: TrainConfig, table: LabelTable) -> None:
         return
     like = next(iter(work.prepared.values()), None)
     prepared = work.prepared[name] = prepare(config, work.features, table, like)
-    observed = prepared.splits["train"].observed.cpu().numpy()
-    gaps = label_gaps(observed, prepared.table.classes)
-    work.notes += [sentence for sentence in gaps if sentence not in work.notes]
+    work.notes += [sentence for sentence in prepared.notes() if sentence not in work.notes]
 
 
 def _train(work: _Work, progress: Progress) -> None:

@@ -475,7 +475,6 @@ def test_a_sweep_tells_what_the_labels_lack(empty: Path, capsys) -> None:
     assert "learnt: cat" in out
 
 
-@pytest.mark.xfail(reason="train-head does not say what the labels lack", strict=True)
 def test_train_head_tells_what_the_labels_lack(empty: Path, capsys) -> None:
     observed = FULL.copy()
     observed[0], observed[:70, 2] = -1, -1

@@ -258,12 +258,19 @@ def test_an_interrupt_keeps_finished_heads_and_the_same_command_goes_on(
     assert not list(config.out.glob(".*"))
 
 
-def test_an_interrupt_in_the_middle_of_heads_keeps_no_half_of_them(
+def test_an_interrupt_in_the_middle_of_heads_stops_every_worker_and_keeps_no_half(
     store: Path, tmp_path: Path
 ) -> None:
-    config = small(store, tmp_path / "runs")
+    heard: list[int] = []
+
+    def progress(done: int, total: int, note: str = "") -> None:
+        heard.append(done)
+        if len(heard) == 1:  # that of one worker; the other hears nothing of it
+            raise KeyboardInterrupt
+
+    config = small(store, tmp_path / "runs", epochs=300)
     with pytest.raises(KeyboardInterrupt, match=r"runs: stopped, 0 of 12 heads are kept; the same"):
-        sweep(config, interrupt_after(0))
+        sweep(config, progress)
     assert not config.out.exists()
 
 
