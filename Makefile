@@ -24,6 +24,8 @@ lint: $(READY) .lint/mlc
 bench: $(READY)       ## the performance figures; needs an idle machine
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/full_batch.py
+	$(BIN)/python benchmarks/linear_column.py
 
 clean:
 	rm -rf .venv .lint build dist *.egg-info

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mlc.configs.device import one_thread
 from mlc.configs.progress import Progress, silent
+from mlc.heads import metrics_torch
 from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.explain import estimated_positives, estimator_quality
@@ -65,8 +66,8 @@ def train_block(
     config, images = configs[0], len(splits["train"].image_id)
     if config.solver == "lbfgs":
         with one_thread():
-            return [train_full_batch(each, splits, progress) for each in configs]
-    heads = [_Progress(each.loss) for each in configs]
+            return [train_full_batch(each, splits, _checked(progress, check)) for each in configs]
+    heads = [_Selection(each.loss) for each in configs]
     order = torch.Generator().manual_seed(config.order_seed)
     with one_thread():
         block = LinearBlock(
@@ -89,8 +90,8 @@ def train_block(
 
 
 @dataclass
-class _Progress:
-    """How far a head is."""
+class _Selection:
+    """A head's epochs so far, and the best of them."""
 
     name: str
     history: list[dict[str, float]] = field(default_factory=list)
@@ -121,8 +122,8 @@ def _lines(
     for head, logits in enumerate(block.scores(val.features)):
         line = {"epoch": epoch, "loss": losses[head], "val_mAP": math.nan}
         if torch.isfinite(logits).all():
-            probs = logits.cpu().sigmoid()
-            line["val_mAP"] = mean_ap(probs.numpy(), targets)
+            probs = logits.sigmoid()
+            line["val_mAP"] = _mean_ap(probs, targets)
             line["val_estimated_positives"] = estimated_positives(probs)
         if block.estimator is not None:
             estimates = block.estimator.logits(head).sigmoid()
@@ -131,8 +132,24 @@ def _lines(
         yield line
 
 
+def _mean_ap(probs: Tensor, targets: NDArray[np.bool_]) -> float:
+    """Return mAP, worked out where the probabilities are: on a CPU numpy is the quicker one."""
+    if probs.is_cuda:
+        on_device = torch.from_numpy(targets).to(probs.device)
+        return float(metrics_torch.mean_ap(probs, on_device))
+    return float(mean_ap(probs.numpy(), targets))
+
+
+def _checked(progress: Progress, check: Callable[[], None]) -> Progress:
+    def told(done: int, total: int, note: str = "") -> None:
+        check()
+        progress(done, total, note)
+
+    return told
+
+
 def _finish(
-    block: LinearBlock, heads: Sequence[_Progress], splits: Mapping[str, Split]
+    block: LinearBlock, heads: Sequence[_Selection], splits: Mapping[str, Split]
 ) -> list[TrainedHead | Diverged]:
     logits = {name: block.scores(splits[name].features) for name in ("val", "test")}
     finished: list[TrainedHead | Diverged] = []

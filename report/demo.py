@@ -65,7 +65,7 @@ def demo_heads(config: DemoConfig) -> Report:
         vary=("order", "corruption"),
         out=config.out / "runs",
     )
-    with progress_bar("train", "heads") as progress:
+    with progress_bar("train", "steps") as progress:
         runs = sweep(asked, progress).runs
     with progress_bar("bootstrap", "heads") as progress:
         return make_report(runs, progress=progress)
