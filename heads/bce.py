@@ -61,8 +61,7 @@ def smooth(positive: Tensor, negative: Tensor, smoothing: float | Tensor) -> tup
     """Return the weights of both labels, a share of each moved to the other."""
     if isinstance(smoothing, float) and smoothing == 0:
         return positive, negative
-    kept = 1 - smoothing
-    return kept * positive + smoothing * negative, kept * negative + smoothing * positive
+    return torch.lerp(positive, negative, smoothing), torch.lerp(negative, positive, smoothing)
 
 
 def bce(logits: Tensor, labels: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ STARTS = [Start(lr, decay, seed) for seed in (0, 1) for lr, decay in ((1e-2, 0.0
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    ("width", "classes", "batch_size"), [(33, 1, 5), (127, 7, 16), (65, 21, 3), (64, 20, 8)]
+    ("width", "classes", "batch_size"),
+    [(33, 1, 5), (127, 7, 16), (65, 21, 3), (64, 20, 8), (64, 16, 8)],
 )
 def test_a_head_is_bit_equal_alone_and_in_a_block(
     loss: str, width: int, classes: int, batch_size: int
