@@ -217,9 +217,10 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     check_config(config)
     features = read_features(config.features)
     prepared = prepare(config, features, read_labels(config, features.path))
-    for note in prepared.notes():
+    for note in prepared.notes(config.val_labels):
         click.echo(note)
-    with progress_bar("train", "epochs") as progress:
+    unit = "epochs" if config.solver == "adam" else "problems"
+    with progress_bar("train", unit) as progress:
         run = fit(config, features, prepared, progress)
     print_run(run)
 
@@ -245,7 +246,7 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     from mlc.heads.grid import SweepConfig
     from mlc.heads.sweep import sweep
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_report
+    from mlc.report.summary import describe_plan, print_report
     from mlc.report.table import make_report
 
     config = load(SweepConfig, "sweep", recipe, overrides, flags)
@@ -253,6 +254,8 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
         swept = sweep(config, progress)
     for note in swept.notes:
         click.echo(note)
+    if swept.plan is not None:
+        click.echo(describe_plan(swept.plan), err=True)
     with progress_bar("bootstrap", "heads") as progress:
         report = make_report(swept.runs, progress=progress)
     varied = ", ".join(("initial weights", *config.vary))
@@ -330,7 +333,7 @@ def predict(
 @click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
 @click.option("--against", help="mlspl: beside the paper's verified figures.")
 @click.option("--per-class", is_flag=True, help="Also the AP of each class over tuned AN.")
-@click.option("--resamples", type=click.IntRange(1), default=1000, help="Default 1000.")
+@click.option("--resamples", type=click.IntRange(100), default=1000, help="Default 1000.")
 @click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")
 def report(
     runs: tuple[Path, ...],

@@ -26,7 +26,9 @@ from mlc.heads.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
 
 ALIGNMENT = 16  # numbers of 4 bytes
 SPARE_CELLS = 64  # no vector loop leaves more over
-RECORDED = 32  # steps whose losses are worked out together
+RECORDED = 32  # steps, at most, whose losses are worked out together
+RECORDED_CELLS = 2**16  # of a head, at most, in these steps
+CELL_COPIES = 10  # of the recorded cells, while their losses are worked out
 WARM_UP = 3  # steps before a capture, as torch.cuda.graph asks for
 
 
@@ -90,7 +92,8 @@ class LinearBlock:
         )
         # The logits of a step and, if there is one, of the estimator; and those of several steps.
         self._cells = [cells] if self.estimator is None else [cells, torch.zeros_like(cells)]
-        self._recorded = [torch.zeros(RECORDED, *cells.shape, device=device) for _ in self._cells]
+        steps = recorded_steps(batch_size, classes)
+        self._recorded = [torch.zeros(steps, *cells.shape, device=device) for _ in self._cells]
         self._visit = Visits(
             torch.zeros(batch_size, 3, 1, 1, device=device),
             torch.zeros(NODES, 1, 1, 1, device=device),
@@ -123,8 +126,9 @@ class LinearBlock:
         visits = self.estimator.schedule(batches) if self.estimator is not None else None
         batches = batches.to(self._rows.device)
         total = torch.zeros(len(self.weight), device=self._rows.device)
-        for chunk in range(0, len(batches), RECORDED):
-            rows = batches[chunk : chunk + RECORDED]
+        together = len(self._recorded[0])
+        for chunk in range(0, len(batches), together):
+            rows = batches[chunk : chunk + together]
             for step in range(len(rows)):
                 check()
                 self._rows.copy_(rows[step])
@@ -252,6 +256,16 @@ def split_parameters(parameters: Tensor, classes: int, width: int) -> tuple[Tens
 def bytes_of_head(width: int, classes: int) -> int:
     """Return the bytes that a head's step goes through: parameters, gradient and moments."""
     return 4 * 4 * classes * (width + 1)
+
+
+def recorded_steps(batch_size: int, classes: int) -> int:
+    """Return for how many steps losses are worked out together, the same for any neighbours."""
+    return max(1, min(RECORDED, RECORDED_CELLS // (batch_size * classes)))
+
+
+def bytes_of_cells(batch_size: int, classes: int) -> int:
+    """Return the bytes that the losses of a head's recorded steps take."""
+    return 4 * CELL_COPIES * recorded_steps(batch_size, classes) * batch_size * classes
 
 
 def _aligned(heads: int, size: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from mlc.configs.errors import MlcError, choose
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
 from mlc.datasets.source import DATASETS
-from mlc.heads.full_batch import CONVEX
+from mlc.heads.full_batch import CONVEX, check_strengths
 from mlc.heads.inputs import LabelsConfig
 from mlc.heads.linear import HEADS
 from mlc.heads.losses import LOSSES, check_knobs
@@ -79,6 +79,10 @@ def check_config(config: TrainConfig) -> None:
     check_knobs(config.loss, config.knobs)
     if config.solver == "lbfgs":
         choose(CONVEX, config.loss, "loss of the solver lbfgs")
+    if config.strengths is not None:
+        check_strengths(config.strengths)
+    if not 0 <= config.threshold <= 1:
+        raise MlcError(f"threshold: should be from 0 to 1, got {config.threshold}")
     for name in ("batch_size", "epochs"):
         if getattr(config, name) < 1:
             raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")

@@ -32,6 +32,7 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # torch's defaults, and the authors'
 NODES = 8
 TERMS = 300  # 0.9 ** 300 is below the rounding of float64
 VECTOR_CELLS = 64  # no CPU's vector loop takes more numbers at once
+ROWS_AT_ONCE = 4096  # of a whole table, NODES numbers for each of its cells
 CHUNK = 1024  # steps whose nodes are made together
 SETTLED = 20_000  # from here on the bias corrections are 1, to 2e-9
 
@@ -101,12 +102,14 @@ class Estimator:
     def logits(self, head: int) -> Tensor:
         """Return all logits (N, L) of a head as they are after the last step."""
         logits = self.table[:, 0, head].clone()
-        age = self.steps + 1 - self.last_visit
-        moving = torch.nonzero((age <= TERMS) & (self.last_visit > 0)).T
-        if moving.numel():
-            visits = self._visits(moving, torch.tensor([self.steps + 1]))
-            rows = moving[0].to(self.table.device)
-            logits[rows] = self.read(rows, visits.at(0))[0][:, head]
+        now = torch.tensor([self.steps + 1])
+        moving = torch.nonzero((now - self.last_visit <= TERMS) & (self.last_visit > 0))[:, 0]
+        for some in torch.split(moving, ROWS_AT_ONCE):
+            visit = self._visits(some[None], now).at(0)
+            visit = visit._replace(weights=visit.weights[:, :, head : head + 1])
+            rows = some.to(self.table.device)
+            rest, m, v = (self.table[rows, :, head : head + 1] * visit.decay).unbind(1)
+            logits[rows] = (rest + displacement(m, v, visit))[:, 0]
         return logits
 
     def _visits(self, batches: Tensor, now: Tensor) -> Visits:

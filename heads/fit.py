@@ -22,9 +22,10 @@ from mlc.heads.linear import HEADS
 from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
-from mlc.heads.trained import TrainedHead
+from mlc.heads.trained import TrainedHead, selection_targets
 from mlc.heads.training_labels import check_labels, label_gaps
 
+NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
 NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
 
 
@@ -43,9 +44,16 @@ class Prepared:
     table: LabelTable
     splits: dict[str, Split]
 
-    def notes(self) -> list[str]:
-        """Return sentences on what the training labels lack."""
-        return label_gaps(self.splits["train"].observed.cpu().numpy(), self.table.classes)
+    def notes(self, val_labels: str) -> list[str]:
+        """Return sentences on what the labels lack that train, and those that select."""
+        observed = self.splits["train"].observed.cpu().numpy()
+        sentences = label_gaps(observed, self.table.classes)
+        if not selection_targets(self.splits["val"], val_labels).any():
+            sentences.append(
+                "labels: no image of the validation split has a positive, so that every epoch is "
+                "as good as any other"
+            )
+        return sentences
 
 
 def prepare(
@@ -149,11 +157,15 @@ def run_path(
         source: hash of the label table as read.
         folder: that holds the run folders.
     """
-    settings = config.model_dump(mode="json", exclude=NOT_IN_NAME)
+    # Not the defaults: a field that a later version adds does not rename the runs of this one.
+    unused = NOT_OF_OPTIMUM if config.solver == "lbfgs" else set()
+    settings = config.model_dump(mode="json", exclude=NOT_IN_NAME | unused, exclude_defaults=True)
     text = json.dumps([settings, dict(features.key), features.digest, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    how = f"lr{config.lr:g}-bs{config.batch_size}" if config.solver == "adam" else config.solver
-    return folder / f"{config.loss}-{how}-seed{config.seed}-{digest}"
+    if config.solver == "lbfgs":
+        return folder / f"{config.loss}-lbfgs-{digest}"
+    name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
+    return folder / name
 
 
 def _as_seen(head: str, split: Split) -> Split:
@@ -188,7 +200,7 @@ def _results(
     return {
         "best_epoch": trained.best_epoch,
         "selection_mAP": best["val_mAP"],
-        **({"strength": best["strength"]} if "strength" in best else {}),
+        **{name: best[name] for name in ("strength", "converged") if name in best},
         **metrics,
         "mAP_by_frequency": frequency_bins(positives, per_class_ap),
         "train_positives": dict(zip(table.classes, positives.tolist(), strict=True)),

@@ -24,6 +24,7 @@ from mlc.heads.logistic import Problems, Rotated, Track, bytes_per_slot, rotate
 from mlc.heads.losses import LOSSES, check_knobs
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-6, 5, 45))
+MAX_BYTES = 1 << 30  # of the problems under way
 LEAST_SLOTS = 32  # of a core: a matrix product of fewer columns wastes it
 
 CONVEX = {
@@ -78,12 +79,6 @@ def cell_weights(
     """
     method = choose(CONVEX, loss, "full-batch loss")
     check_knobs(loss, knobs)
-    if not 0 <= knobs.get("smoothing", 0) <= 1:
-        raise MlcError(f"knobs.smoothing: should be from 0 to 1, got {knobs['smoothing']}")
-    if knobs.get("negative_weight", 0) < 0:
-        raise MlcError(
-            f"knobs.negative_weight: should not be negative, got {knobs['negative_weight']}"
-        )
     present, absent = method(labels, torch.float64, **knobs)
     if weights is None:
         return present, absent
@@ -102,7 +97,7 @@ def fit_path(
     weights: Tensor | None = None,
     max_iter: int = 500,
     tolerance: float = 1e-5,
-    max_bytes: int = 1 << 30,
+    max_bytes: int = MAX_BYTES,
     progress: Progress = silent,
 ) -> StrengthPath:
     """Train a linear head for each strength to the optimum, all classes at once.
@@ -159,6 +154,15 @@ def fit_path(
     return path
 
 
+def check_strengths(strengths: Sequence[float]) -> None:
+    """Raise an MlcError if there is no strength, or one is not a positive number."""
+    if not len(strengths):
+        raise MlcError("strengths: is empty; give at least one")
+    for value in strengths:
+        if not (value > 0 and math.isfinite(value)):
+            raise MlcError(f"strengths: should be positive numbers, got {value}")
+
+
 def _check(
     features: Tensor, labels: Tensor, strengths: Sequence[float], tolerance: float, max_iter: int
 ) -> None:
@@ -169,11 +173,7 @@ def _check(
     if bad:
         rows = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise MlcError(f"features: {len(bad)} of {len(features)} rows are not finite: {rows}")
-    if not len(strengths):
-        raise MlcError("strengths: is empty; give at least one")
-    for value in strengths:
-        if not (value > 0 and math.isfinite(value)):
-            raise MlcError(f"strengths: should be positive numbers, got {value}")
+    check_strengths(strengths)
     if not tolerance > 0:
         raise MlcError(f"tolerance: should be a positive number, got {tolerance}")
     if max_iter < 1:

@@ -45,6 +45,8 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         MlcError: a list is empty, a loss is unknown, or a knob belongs to none of the losses.
     """
     losses = tuple(LOSSES) if config.losses == ALL else config.losses
+    if ALL[0] in losses:
+        raise MlcError(f"losses: 'all' stands alone, got {', '.join(losses)}")
     for name in ("losses", "solvers", "batch_size", "lr", "weight_decay", "seeds"):
         values = getattr(config, name)
         if not values:
@@ -52,6 +54,8 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         if len(set(values)) != len(values):
             raise MlcError(f"{name}: has a value twice, got {values}")
     known = {loss: choose(LOSSES, loss, "loss").knobs() for loss in losses}
+    if len(set(config.vary)) != len(config.vary):
+        raise MlcError(f"vary: has a value twice, got {config.vary}")
     for knob in config.knobs:
         if not any(knob in knobs for knobs in known.values()):
             names = {name for knobs in known.values() for name in knobs}

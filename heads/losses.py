@@ -29,6 +29,20 @@ ESTIMATOR = "estimator_logits"  # the argument through which a method gets its t
 WEIGHTS = "weights"  # and the one through which cells that depend on others get their weights
 
 
+KNOB_RANGES = {
+    "alpha": (0.0, 1.0),
+    "clip": (0.0, 1.0),
+    "epsilon": (0.0, 1.0),
+    "expected_positives": (0.0, math.inf),
+    "focus_gradient": (0.0, 1.0),
+    "gamma": (0.0, math.inf),
+    "gamma_neg": (0.0, math.inf),
+    "gamma_pos": (0.0, math.inf),
+    "negative_weight": (0.0, math.inf),
+    "smoothing": (0.0, 1.0),
+}
+
+
 @dataclass(frozen=True)
 class Method:
     """A loss.
@@ -131,8 +145,10 @@ def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
             raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
-        if not math.isfinite(value):
-            raise MlcError(f"knobs.{name}: should be a finite number, got {value}")
+        low, high = KNOB_RANGES[name]
+        if not (low <= value <= high and math.isfinite(value)):
+            wanted = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
+            raise MlcError(f"knobs.{name}: should be {wanted}, got {value}")
 
 
 @cache  # asked at every step
@@ -147,8 +163,13 @@ def _wanted(function: Callable[..., Any], knobs: Mapping[str, Any]) -> dict[str,
 
 
 LOSSES: dict[str, Method] = {
-    "bce": Method(bce, "full", weights=bce_weights),
-    "bce_ls": Method(bce_ls, "full", weights=partial(bce_weights, smoothing=SMOOTHING)),
+    "bce": Method(bce, "full", observed_negatives="needed", weights=bce_weights),
+    "bce_ls": Method(
+        bce_ls,
+        "full",
+        observed_negatives="needed",
+        weights=partial(bce_weights, smoothing=SMOOTHING),
+    ),
     "iun": Method(
         iun, "one-positive-all-negatives", observed_negatives="needed", weights=bce_weights
     ),
@@ -164,6 +185,6 @@ LOSSES: dict[str, Method] = {
     "wan": Method(wan, "single-positive", observed_negatives="refused", weights=wan_weights),
     "epr": Method(epr, "single-positive", epr_term, gradient=epr_gradient),
     "role": Method(role, "single-positive", role_term, gradient=role_gradient),
-    "focal": Method(focal, "full"),
-    "asl": Method(asl, "full"),
+    "focal": Method(focal, "full", observed_negatives="needed"),
+    "asl": Method(asl, "full", observed_negatives="needed"),
 }

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from mlc.heads.block import bytes_of_head
+from mlc.heads.block import bytes_of_cells, bytes_of_head
 from mlc.heads.config import TrainConfig
+from mlc.heads.full_batch import MAX_BYTES, STRENGTHS
 from mlc.heads.losses import LOSSES
 
 OWN = {"lr", "weight_decay", "seed", "out"}  # in which the heads of a block may differ
 # What the state of a block may take of the cache that all cores share. With 2,048 features and 80
 # classes it is six heads: from two to eight cost the same, twelve a third more.
 CACHE_BYTES = 16 * 2**20
+MOST_HEADS = 6  # of a block on a CPU: more save little, and a block that is stopped is lost
 MEMORY_SHARE = 0.5  # of what is there, for the heads that train at once
 ESTIMATOR_COPIES = 5  # of a label table: rest, two moments, and two while it is made
 
@@ -55,7 +57,7 @@ def plan(
         bytes_each = _bytes(group[0], images, width, classes)
         most = limit // bytes_each
         if not on_gpu:
-            most = min(most, CACHE_BYTES // bytes_of_head(width, classes))
+            most = min(most, MOST_HEADS, CACHE_BYTES // bytes_of_head(width, classes))
             most = min(most, -(-len(configs) // workers))  # a core without work helps nobody
         parts = -(-len(group) // max(1, most))
         blocks += [group[part::parts] for part in range(parts)]
@@ -93,7 +95,14 @@ def _groups(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
 
 
 def _bytes(config: TrainConfig, images: int, width: int, classes: int) -> int:
-    """Return the bytes of a head: its state and its best epoch, and the estimator's table."""
+    """Return the bytes of a head: its state, its best epoch, its losses, ROLE's table.
+
+    Of a full-batch head: the features in other coordinates, the problems, the path of heads.
+    """
+    if config.solver == "lbfgs":
+        strengths = len(config.strengths or STRENGTHS)
+        return 4 * images * width + MAX_BYTES + 4 * strengths * classes * (width + 1)
     state = bytes_of_head(width, classes) + 4 * classes * (width + 1)
     table = 4 * images * classes * ESTIMATOR_COPIES
-    return state + (table if LOSSES[config.loss].has_estimator else 0)
+    cells = bytes_of_cells(config.batch_size, classes)
+    return state + cells + (table if LOSSES[config.loss].has_estimator else 0)

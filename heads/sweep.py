@@ -33,10 +33,12 @@ class Swept:
     Attributes:
         runs: in the order of the grid.
         notes: sentences on what was left out, and on what the labels lack.
+        plan: how those were trained that were not there yet.
     """
 
     runs: list[Run]
     notes: list[str]
+    plan: Plan | None
 
 
 def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
@@ -54,9 +56,13 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
     grid = grid_of(config)
     for each in grid:
         check_config(each)
+    if config.out.exists() and not config.out.is_dir():
+        raise MlcError(f"{config.out}: is a file; name a folder with --out")
     work = _prepare(config, grid)
+    planned = _plan(work)
     try:
-        _train(work, progress)
+        if planned is not None:
+            _train(work, planned, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"{config.out}: stopped, {sum(map(_is_there, work.configs))} of {len(work.configs)} "
@@ -64,7 +70,8 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
         ) from None
     if work.diverged:
         raise _diverged(config.out, work)
-    return Swept([read_run(each.out) for each in work.configs if each.out], work.notes)
+    runs = [read_run(each.out) for each in work.configs if each.out]
+    return Swept(runs, work.notes, planned)
 
 
 def _diverged(out: Path, work: "_Work") -> MlcError:
@@ -101,7 +108,7 @@ def _prepare(config: SweepConfig, grid: Sequence[TrainConfig]) -> _Work:
     for each in grid:
         path = run_path(each, features, source, config.out)
         each = each.model_copy(update={"labels": default_labels(each, table), "out": path})
-        _add_protocol(work, each, table)
+        _add_protocol(work, each, table, config.vary)
         try:
             _require_suited(each, work.prepared_for(each))
         except MlcError as error:  # "all" is those that these labels suit
@@ -121,23 +128,30 @@ def _require_suited(config: TrainConfig, prepared: Prepared) -> None:
     settle_knobs(config, prepared.table)
 
 
-def _add_protocol(work: _Work, config: TrainConfig, table: LabelTable) -> None:
+def _add_protocol(work: _Work, config: TrainConfig, table: LabelTable, vary: Sequence[str]) -> None:
     name = _protocol(config)
     if name in work.prepared:
         return
     like = next(iter(work.prepared.values()), None)
     prepared = work.prepared[name] = prepare(config, work.features, table, like)
-    work.notes += [sentence for sentence in prepared.notes() if sentence not in work.notes]
+    seed = f" (corruption seed {config.corruption_seed})" if "corruption" in vary else ""
+    notes = [sentence + seed for sentence in prepared.notes(config.val_labels)]
+    work.notes += [note for note in notes if note not in work.notes]
 
 
-def _train(work: _Work, progress: Progress) -> None:
-    """Train what is not there yet, a block on each core."""
+def _plan(work: _Work) -> Plan | None:
+    """Return how to train what is not there yet, if anything."""
     missing = [each for each in work.configs if not _is_there(each)]
     if not missing:
-        return
+        return None
     train = next(iter(work.prepared.values())).splits["train"]
     images, width = train.features.shape
-    planned = plan(missing, images, width, train.observed.shape[1], train.features.device)
+    return plan(missing, images, width, train.observed.shape[1], train.features.device)
+
+
+def _train(work: _Work, planned: Plan, progress: Progress) -> None:
+    """Train blocks, one on each core."""
+    images = len(next(iter(work.prepared.values())).splits["train"].image_id)
     counter = _Counter(planned, images, progress)
     stop = Event()
 

@@ -27,7 +27,7 @@ def train_full_batch(
     Returns:
         The head; its history has a line for each strength in the place of epochs.
     """
-    strengths = config.strengths or STRENGTHS
+    strengths = STRENGTHS if config.strengths is None else config.strengths
     train, val = splits["train"], splits["val"]
     path = fit_path(
         train.features,

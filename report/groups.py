@@ -10,11 +10,13 @@ from mlc.heads.run_folder import Run
 SEEDS = ("seed", "order_seed", "corruption_seed")
 TUNED = ("lr", "batch_size", "weight_decay")  # chosen by validation, as the papers' grids are
 FULL_BATCH = "lbfgs"  # the solver that has no learning rate and no batches
+NO_USE = (*TUNED, "epochs", "seed", "order_seed")  # to it: an optimum does not depend on them
 PLACES = ("out", "device", "features", "root")
 FOLLOWS_LOSS = ("knobs", "labels", "solver")
 KEY = "features."  # before the fields of the features' key
 
 Group = list[Run]
+Grid = frozenset[tuple[float, int, float]]  # of lr, batch size, weight decay
 
 
 def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
@@ -33,16 +35,31 @@ def best_settings(groups: Sequence[Group]) -> list[Group]:
     """Keep, of groups that differ only in what is tuned, the one with the best validation mAP."""
     best: dict[str, Group] = {}
     for group in groups:
-        method = json.dumps(settings_of(group[0], SEEDS + TUNED))
+        method = method_of(group[0])
         if method not in best or selection_map(group) > selection_map(best[method]):
             best[method] = group
     return list(best.values())
 
 
+def grids_of(runs: Sequence[Run]) -> dict[str, Grid]:
+    """Return for each method what was tried, chosen or not; nothing of a full-batch solver."""
+    grids: dict[str, Grid] = {}
+    for run in runs:
+        config = run.config
+        own = () if is_full_batch(run) else ((config.lr, config.batch_size, config.weight_decay),)
+        grids[method_of(run)] = grids.get(method_of(run), Grid()) | Grid(own)
+    return grids
+
+
+def method_of(run: Run) -> str:
+    """Return what runs have in common that differ only in their seeds and in what is tuned."""
+    return json.dumps(settings_of(run, SEEDS + TUNED))
+
+
 def settings_of(run: Run, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Return what a run is, as text, the hash of its features in the place of their path."""
     if is_full_batch(run):
-        without += TUNED
+        without += NO_USE
     config = run.config.model_dump(mode="json", exclude={*without, *PLACES})
     features = run.results["features"]
     size = features["key"].get("size_px")  # 0 or absent where imported features do not say
@@ -105,5 +122,7 @@ def _varies(name: str, settings: Sequence[dict[str, str]]) -> bool:
     for each in settings:
         group = each["loss"] if name in FOLLOWS_LOSS else ""
         group += each["features"] if name.startswith(KEY) else ""
+        if name in NO_USE and name not in each:
+            continue
         values.setdefault(group, set()).add(each.get(name, ""))
     return any(len(each) > 1 for each in values.values())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlc.configs.errors import choose
+from mlc.heads.plan import Plan
 from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
 from mlc.report.mlspl_paper import data_set_of, mlspl_note, mlspl_records
@@ -44,6 +45,8 @@ def print_run(run: Run) -> None:
     config, results = run.config, run.results
     if config.solver == "lbfgs":
         how, best = "full batch", f"best C {results['strength']:.2g}"
+        if results["converged"] < 1:
+            best += f" ({results['converged']:.0%} of the classes converged)"
     else:
         how = f"lr {config.lr:g}, batch {config.batch_size}"
         best = f"best epoch {results['best_epoch']} of {config.epochs}"
@@ -55,6 +58,15 @@ def print_run(run: Run) -> None:
     if not results["truth_known"]:
         click.echo(PARTIAL)
     click.echo(f"run: {run.path}")
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return a sentence on how a sweep was trained."""
+    heads = sum(len(block) for block in plan.blocks)
+    return (
+        f"{heads} heads trained in {len(plan.blocks)} blocks, {plan.workers} at once; memory "
+        f"planned beside the features: {plan.bytes / 1e6:,.0f} MB"
+    )
 
 
 def print_metrics(metrics: Mapping[str, Any], split: str) -> None:

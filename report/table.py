@@ -1,7 +1,7 @@
 """The table of runs: mean and deviation over seeds, and what can be told apart."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import probabilities
 from mlc.report import groups as grouping
 from mlc.report.bootstrap import resample_weights, resampled_map, resampled_mean
-from mlc.report.groups import Group
+from mlc.report.groups import Grid, Group
 
 LEVEL = (2.5, 97.5)  # per cent, of the intervals
 BASELINE = "an"  # the loss that a method should beat: assume negative, tuned
@@ -47,6 +47,7 @@ class Row:
         name: the settings in which the rows of a table differ.
         title: the name as text; what was tuned is added where two rows have the same.
         tuned: what validation chose, as text: "lr", "batch", "weight decay", "C".
+        grid: what it chose from, of all runs given; empty of a full-batch solver.
         val: mean validation mAP, in per cent, like all that follows.
         test: mean test mAP.
         deviation: sample standard deviation of the test mAP; NaN of one run.
@@ -58,6 +59,7 @@ class Row:
     name: dict[str, str]
     title: str
     tuned: dict[str, str]
+    grid: Grid
     val: float
     test: float
     deviation: float
@@ -99,7 +101,7 @@ class Report:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Return the runs that are, or lie in, the given folders.
+    """Return the runs that are, or lie in, the given folders, hidden ones left out.
 
     Raises:
         MlcError: a folder is no run and has none in it.
@@ -107,7 +109,8 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
     folders = []
     for path in paths:
         here = (path / RESULTS).is_file()
-        found = [path] if here else sorted(each.parent for each in path.glob(f"*/{RESULTS}"))
+        # A dot starts the name of what a killed process left: .NAME.partial and .NAME.old.
+        found = [path] if here else sorted(each.parent for each in path.glob(f"[!.]*/{RESULTS}"))
         if not found:
             raise MlcError(f"{path}: no run folders there; mlc train-head and mlc sweep make them")
         folders += found
@@ -145,7 +148,7 @@ def make_report(
     groups.sort(key=lambda group: -grouping.mean_test_map(group))
     means = _resampled_means(groups, true, resamples, progress)
     baseline = _baseline(groups)
-    rows = _rows(groups, means, baseline)
+    rows = _rows(groups, means, baseline, grouping.grids_of(runs))
     return Report(
         rows=rows,
         baseline=None if baseline is None else rows[baseline],
@@ -195,7 +198,10 @@ def _baseline(groups: Sequence[Group]) -> int | None:
 
 
 def _rows(
-    groups: Sequence[Group], means: Sequence[NDArray[np.float64]], baseline: int | None
+    groups: Sequence[Group],
+    means: Sequence[NDArray[np.float64]],
+    baseline: int | None,
+    grids: Mapping[str, Grid],
 ) -> list[Row]:
     names = grouping.names_of(groups)
     tests = [[run.results["test"]["mAP"] for run in group] for group in groups]
@@ -211,6 +217,7 @@ def _rows(
             name=names[index],
             title=title,
             tuned=grouping.tuned_of(group),
+            grid=grids[grouping.method_of(group[0])],
             val=grouping.selection_map(group),
             test=float(np.mean(tests[index])),
             deviation=float(np.std(tests[index], ddof=1)) if len(group) > 1 else float("nan"),

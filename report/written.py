@@ -9,6 +9,7 @@ import numpy as np
 
 from mlc.configs.errors import choose
 from mlc.configs.files import written_aside
+from mlc.report.groups import is_full_batch
 from mlc.report.table import Report, Row
 
 PARTIAL = "The truth is not known: labels that are not observed positives count as absent here."
@@ -46,15 +47,12 @@ def deviation_text(row: Row) -> str:
 
 def footnote(report: Report) -> str:
     """Say what the columns are, and which differences are larger than the noise."""
-    alone = [row.title for row in report.rows if row.seeds == 1]
-    drawn = "images" if len(alone) == len(report.rows) else "images and seeds"
+    drawn = "images" if all(row.seeds == 1 for row in report.rows) else "images and seeds"
     lines = [
         f"{report.images:,} test images; mean over seeds at the best validation epoch; intervals: "
         f"paired bootstrap over {drawn}, {report.resamples:,} resamples."
     ]
-    if alone:
-        whose = "any row" if len(alone) == len(report.rows) else _list(alone)
-        lines.append(f"One seed: the noise of seeds is not covered for {whose}.")
+    lines += _about_seeds(report.rows)
     if not report.truth_known:
         lines.append(PARTIAL)
     best = report.rows[0]
@@ -63,6 +61,24 @@ def footnote(report: Report) -> str:
     if report.baseline is not None and report.baseline is not best:
         lines.append(_against_baseline(report.baseline, report.rows))
     return "\n".join(lines)
+
+
+def _about_seeds(rows: Sequence[Row]) -> list[str]:
+    """Say which rows have no noise of seeds, and of which it is not known."""
+    corruptions = {run.config.corruption_seed for row in rows for run in row.runs}
+    fixed = [
+        row
+        for row in rows
+        if row.seeds == 1 and is_full_batch(row.runs[0])
+    ]
+    others = [row for row in rows if row not in fixed]
+    alone = [row.title for row in others if row.seeds == 1]
+    lines = ["An optimum (lbfgs) does not depend on the seed."] if fixed else []
+    if alone:
+        every = "any other row" if fixed else "any row"
+        whose = every if len(alone) == len(others) else _list(alone)
+        lines.append(f"One seed: the noise of seeds is not covered for {whose}.")
+    return lines
 
 
 def to_markdown(records: Records) -> str:
@@ -104,9 +120,11 @@ def check_table_path(path: Path) -> None:
 def _against_best(best: Row, others: Sequence[Row]) -> str:
     worse = [row.title for row in others if row.behind.is_clear]
     same = [row.title for row in others if not row.behind.is_clear]
-    return (
-        f"Told apart from the best, {best.title}: {_list(worse)}. "
-        f"Cannot be told apart from the best: {_list(same)}."
+    return _by_kind(
+        {
+            f"told apart from the best, {best.title}": worse,
+            "cannot be told apart from the best": same,
+        }
     )
 
 
@@ -121,14 +139,21 @@ def _against_baseline(baseline: Row, rows: Sequence[Row]) -> str:
             same.append(row.title)
         else:
             (better if row.over_an.value > 0 else worse).append(row.title)
-    return (
-        f"Better than tuned AN, {baseline.title}: {_list(better)}. Worse: {_list(worse)}. "
-        f"Cannot be told apart from it: {_list(same)}."
+    return f"Tuned AN is {baseline.title}. " + _by_kind(
+        {"better": better, "worse": worse, "cannot be told apart from it": same}
     )
 
 
+def _by_kind(kinds: Mapping[str, Sequence[str]]) -> str:
+    """Return the rows of each kind; the kinds that have none share one "none" at the end."""
+    found = [f"{kind}: {_list(titles)}." for kind, titles in kinds.items() if titles]
+    empty = " or ".join(kind for kind, titles in kinds.items() if not titles)
+    sentences = [*found, f"{empty}: none."] if empty else found
+    return " ".join(each[0].upper() + each[1:] for each in sentences)
+
+
 def _list(titles: Iterable[str]) -> str:
-    return ", ".join(titles) or "none"
+    return ", ".join(titles)
 
 
 TABLES = {".csv": to_csv, ".md": to_markdown}

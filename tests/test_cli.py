@@ -178,8 +178,8 @@ def test_data_prepare_shows_counts_and_writes_a_table_that_trains(here, capsys) 
     assert "180 images, 178 of them in the label table, 10 classes" in out
     assert re.search(r"^train +95 ", out, re.MULTILINE)
     main_ok(
-        "train-head", "--labels-file", "labels.npz", "--labels", "as-given", "--epochs", "1",
-        "--out", "runs/given",
+        "train-head", "--labels-file", "labels.npz", "--labels", "as-given", "--loss", "an",
+        "--epochs", "1", "--out", "runs/given",
     )  # fmt: skip
     observed = np.load("runs/given/scores.npz")["observed"]
     assert ((observed == 1).sum(axis=1) == 1).all()

@@ -166,3 +166,12 @@ def test_quadratures_of_several_steps_are_those_of_each() -> None:
         alone = quadrature(1020 + offset, 1)
         np.testing.assert_array_equal(nodes[offset], alone[0][0])
         np.testing.assert_array_equal(weights[offset], alone[1][0])
+
+
+def test_a_table_read_in_pieces_is_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, (lazy, _, _) = lazy_and_dense(60, 4, 3, heads=2)
+    whole = [lazy.logits(head) for head in range(2)]
+    monkeypatch.setattr("mlc.heads.estimator.ROWS_AT_ONCE", 7)
+    for head in range(2):
+        torch.testing.assert_close(lazy.logits(head), whole[head], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(whole[0], lazy.table[:, 0, 0])  # rows are on their way

@@ -340,7 +340,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         fit_path(features, labels, "bce", knobs={"smoothing": 0.1})
     with pytest.raises(MlcError, match=r"smoothing: should be from 0 to 1, got 1.5"):
         fit_path(features, labels, "an_ls", knobs={"smoothing": 1.5})
-    with pytest.raises(MlcError, match=r"negative_weight: should not be negative, got -1"):
+    with pytest.raises(MlcError, match=r"negative_weight: should be at least 0, got -1"):
         fit_path(features, labels, "wan", knobs={"negative_weight": -1.0})
     weights = torch.ones(labels.shape)
     weights[3, 1] = -1

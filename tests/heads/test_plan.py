@@ -19,7 +19,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PLENTY = 2**40
 IMAGES, WIDTH, CLASSES = 65_665, 2048, 80  # of COCO
 STATE = 4 * CLASSES * (WIDTH + 1)  # bytes of a head's parameters
-HEAD = 5 * STATE  # with gradient, two moments and the best epoch
+CELLS = 4 * 10 * 32 * 16 * CLASSES  # of the losses of 32 steps, while they are worked out
+HEAD = 5 * STATE + CELLS  # with gradient, two moments and the best epoch
 TABLE = 4 * IMAGES * CLASSES * 5  # rest, two moments, and two while it is made
 
 

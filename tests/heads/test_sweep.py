@@ -435,7 +435,8 @@ def test_labels_that_a_named_loss_cannot_learn_from_are_refused_before_any_head_
     sentence: str,
 ) -> None:
     path, out = store_of(observed, **settings), tmp_path / "runs"
-    losses = tuple(dict.fromkeys(("focal", loss)))  # the first suits, and is not trained either
+    suited = "focal" if (observed == -1).any() else "pr"  # is not trained either
+    losses = tuple(dict.fromkeys((suited, loss)))
     with pytest.raises(MlcError, match=sentence):
         sweep(config_of(path, out, losses=losses))
     with pytest.raises(MlcError, match=sentence):
@@ -449,7 +450,7 @@ def test_all_of_partial_labels_leaves_out_what_needs_a_number_that_nobody_gave(
     path = store_of(SINGLE, partial=True)
     swept = sweep(config_of(path, tmp_path / "runs"))
     left_out = [each for each in LOSSES if each not in {run.config.loss for run in swept.runs}]
-    assert left_out == ["iun", "iu", "epr", "role"]
+    assert left_out == ["bce", "bce_ls", "iun", "iu", "epr", "role", "focal", "asl"]
     assert [note.split(":")[0] for note in swept.notes] == [f"left out {each}" for each in left_out]
     given = config_of(path, tmp_path / "given", knobs={"expected_positives": 1.9})
     assert {"epr", "role"} <= {run.config.loss for run in sweep(given).runs}
@@ -494,7 +495,12 @@ def test_images_and_classes_without_a_positive_are_told_and_trained_on(
         ({"weight_decay": ()}, r"^weight_decay: is empty; give at least one"),
         ({"weight_decay": (1, 1)}, r"^weight_decay: has a value twice, got \(1.0, 1.0\)"),
         ({"vary": ("order",), "order_seed": 2**32 - 1, "seeds": (0, 1)}, r"^order_seed: should be"),
-        ({"losses": ("all", "an")}, r"^unknown loss 'all'"),
+        ({"losses": ("all", "an")}, r"^losses: 'all' stands alone, got all, an"),
+        ({"vary": ("order", "order")}, r"^vary: has a value twice"),
+        ({"strengths": (1.0, -1.0)}, r"^strengths: should be positive numbers, got -1"),
+        ({"strengths": ()}, r"^strengths: is empty"),
+        ({"threshold": 2.0}, r"^threshold: should be from 0 to 1, got 2"),
+        ({"losses": ("an_ls",), "knobs": {"smoothing": 2}}, r"^knobs.smoothing: .* 0 to 1, got 2"),
         ({"knobs": {"smooting": 0.1}}, r"^knobs: none of these losses has 'smooting'; did you"),
     ],
 )

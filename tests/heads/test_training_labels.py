@@ -10,7 +10,7 @@ from mlc.heads.losses import LOSSES
 from mlc.heads.training_labels import check_labels, label_gaps
 
 MAKES_NO_USE = {"pr", "an", "an_ls", "wan"}
-NEEDS = {"iun", "iu"}
+NEEDS = {"bce", "bce_ls", "iun", "iu", "focal", "asl"}
 
 
 def shown(labels: Labels) -> np.ndarray:
@@ -57,7 +57,9 @@ def test_negatives_are_asked_for_where_they_are_needed(loss: str) -> None:
     if loss not in NEEDS:
         check_labels(loss, observed)
         return
-    hint = {"iun": "one-positive-all-negatives", "iu": "one-positive-one-negative"}[loss]
+    hint = {"iun": "one-positive-all-negatives", "iu": "one-positive-one-negative"}.get(
+        loss, "full"
+    )
     with pytest.raises(
         MlcError,
         match=rf"^labels: {loss} learns from observed negatives, got none in 40 training images; "

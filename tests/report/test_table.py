@@ -201,7 +201,7 @@ def full_batch(run: Run, strength: float) -> Run:
 def test_what_a_full_batch_run_chose_itself_does_not_part_its_seeds(tmp_path: Path) -> None:
     runs = [
         full_batch(
-            write(tmp_path, f"{loss}{seed}", loss=loss, seed=seed, skill=skill, lr=1 / (1 + seed)),
+            write(tmp_path, f"{loss}{seed}", loss=loss, corruption_seed=seed, skill=skill),
             l2,
         )
         for loss, skill, l2s in (("bce", 2.0, (0.1, 0.01)), ("an", 1.0, (1.0, 1.0)))
@@ -211,6 +211,42 @@ def test_what_a_full_batch_run_chose_itself_does_not_part_its_seeds(tmp_path: Pa
     assert (bce["seeds"], bce["C"]) == ("2", "0.01 to 0.1")
     assert (an["seeds"], an["C"]) == ("2", "1")
     assert (an["lr"], an["batch"]) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        *({"lr": 0.1}, {"batch_size": 4}, {"weight_decay": 0.1}),
+        *({"epochs": 3}, {"seed": 5}, {"order_seed": 5}),
+    ],
+)
+def test_what_an_optimum_has_no_use_for_makes_it_no_other(
+    tmp_path: Path, unused: dict[str, Any]
+) -> None:
+    runs = [
+        full_batch(write(tmp_path, name, **settings), 1.0)
+        for name, settings in (("one", {}), ("other", unused))
+    ]
+    (row,) = report_of(runs).rows
+    assert row.seeds == 1
+    assert row.grid == frozenset()
+
+
+def test_what_an_optimum_has_no_use_for_is_no_column(tmp_path: Path) -> None:
+    runs = [full_batch(write(tmp_path, "an"), 1.0), write(tmp_path, "bce", loss="bce")]
+    assert {tuple(row.name) for row in report_of(runs).rows} == {("loss",)}
+
+
+def test_a_row_has_the_grid_that_it_was_chosen_from(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path, f"{loss}{lr}{size}", loss=loss, lr=lr, batch_size=size, val=100 * lr)
+        for loss, lr, size in (("an", 0.1, 8), ("an", 0.2, 8), ("an", 0.1, 16), ("bce", 0.3, 4))
+    ]
+    grids = {row.name["loss"]: row.grid for row in report_of(runs).rows}
+    assert grids == {
+        "an": {(0.1, 8, 0.0), (0.2, 8, 0.0), (0.1, 16, 0.0)},
+        "bce": {(0.3, 4, 0.0)},
+    }
 
 
 def test_the_solver_is_a_column_where_one_loss_has_two(tmp_path: Path) -> None:
@@ -285,8 +321,48 @@ def test_the_footnote_says_which_differences_are_larger_than_the_noise(tmp_path:
         "over images, 200 resamples.",
         "One seed: the noise of seeds is not covered for any row.",
         "Told apart from the best, bce: an_ls, an, wan. Cannot be told apart from the best: role.",
-        "Better than tuned AN, an: bce, role. Worse: wan. Cannot be told apart from it: an_ls.",
+        "Tuned AN is an. Better: bce, role. Worse: wan. Cannot be told apart from it: an_ls.",
     ]
+
+
+def test_kinds_that_have_no_row_share_one_none(tmp_path: Path) -> None:
+    runs = [write(tmp_path, "an"), write(tmp_path, "bce", loss="bce", skill=4.0)]
+    assert footnote(report_of(runs)).splitlines()[2:] == [
+        "Told apart from the best, bce: an. Cannot be told apart from the best: none.",
+        "Tuned AN is an. Better: bce. Worse or cannot be told apart from it: none.",
+    ]
+
+
+OPTIMUM = "An optimum (lbfgs) does not depend on the seed."
+ONE_SEED = "One seed: the noise of seeds is not covered for "
+
+
+@pytest.mark.parametrize(
+    ("others", "lines"),
+    [
+        ([], [OPTIMUM]),
+        ([{"loss": "bce"}], [OPTIMUM, ONE_SEED + "any other row."]),
+        ([{"loss": "bce", "seed": seed} for seed in (0, 1)], [OPTIMUM]),
+        (
+            [{"loss": "role"}, *({"loss": "bce", "seed": seed} for seed in (0, 1))],
+            [OPTIMUM, ONE_SEED + "role."],
+        ),
+        (
+            [{"loss": "bce", "corruption_seed": seed} for seed in (1200, 1201)],
+            [ONE_SEED + "an, wan."],
+        ),
+    ],
+)
+def test_an_optimum_has_no_noise_of_seeds_but_that_of_corruptions(
+    tmp_path: Path, others: list[dict[str, Any]], lines: list[str]
+) -> None:
+    optima = [
+        full_batch(write(tmp_path, loss, loss=loss, skill=skill), 1.0)
+        for loss, skill in (("an", 3.0), ("wan", 2.0))
+    ]
+    runs = [write(tmp_path, str(index), **each) for index, each in enumerate(others)]
+    text = footnote(report_of([*optima, *runs])).splitlines()
+    assert [line for line in text if line.startswith(("An opt", "One"))] == lines
 
 
 def test_where_tuned_an_is_best_it_is_compared_once(tmp_path: Path) -> None:
@@ -450,6 +526,13 @@ def test_runs_are_found_in_a_folder_or_named_once(tmp_path: Path) -> None:
     paths = [tmp_path / "runs", tmp_path / "alone", tmp_path / "runs" / "a"]
     found = [run.path.relative_to(tmp_path).as_posix() for run in find_runs(paths)]
     assert found == ["runs/a", "runs/b", "alone"]
+
+
+@pytest.mark.parametrize("what", ["partial", "old"])
+def test_what_a_killed_process_left_is_no_run(tmp_path: Path, what: str) -> None:
+    run = write(tmp_path, "an")
+    write(tmp_path, f".an.{what}")
+    assert [each.path for each in find_runs([tmp_path])] == [run.path]
 
 
 def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
