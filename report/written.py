@@ -66,11 +66,8 @@ def footnote(report: Report) -> str:
 def _about_seeds(rows: Sequence[Row]) -> list[str]:
     """Say which rows have no noise of seeds, and of which it is not known."""
     corruptions = {run.config.corruption_seed for row in rows for run in row.runs}
-    fixed = [
-        row
-        for row in rows
-        if row.seeds == 1 and is_full_batch(row.runs[0])
-    ]
+    same_labels = len(corruptions) == 1  # else these have noise of their own
+    fixed = [row for row in rows if same_labels and is_full_batch(row.runs[0])]
     others = [row for row in rows if row not in fixed]
     alone = [row.title for row in others if row.seeds == 1]
     lines = ["An optimum (lbfgs) does not depend on the seed."] if fixed else []
