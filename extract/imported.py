@@ -228,7 +228,7 @@ def _fill(
     pending = writer.status == schema.PENDING
     todo = [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
     total, imported = sum(map(len, todo)), 0
-    try:
+    with writer.filling():
         save_labels(table, labels_path(path))
         for shard in todo:
             values = _rows(parts, shard)
@@ -237,15 +237,6 @@ def _fill(
             writer.write_shard(shard, features, hashes, np.full(len(shard), ""))
             imported += len(shard)
             progress(imported, total)
-        writer.finish()
-    except KeyboardInterrupt:
-        done = int((writer.status != schema.PENDING).sum())
-        raise KeyboardInterrupt(
-            f"{path}: stopped, {done:,} of {len(table):,} images are kept; "
-            "the same command goes on from there"
-        ) from None
-    finally:
-        writer.close()
     return imported
 
 

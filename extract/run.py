@@ -100,19 +100,10 @@ def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport
     )
     with writer_lock(path):
         writer = StoreWriter.create_or_resume(path, _layout(config, images, backbone))
-        try:
+        with writer.filling():
             _require_same_photos(writer, path, images)
             save_labels(images.labels, labels_path(path))
             _fill(writer, config, images, backbone, report, progress)
-            writer.finish()
-        except KeyboardInterrupt:
-            done = int((writer.status != schema.PENDING).sum())
-            raise KeyboardInterrupt(
-                f"{path}: stopped, {done:,} of {report.images:,} images are kept; "
-                "the same command goes on from there"
-            ) from None
-        finally:
-            writer.close()
     return report
 
 

@@ -29,7 +29,7 @@ ESTIMATOR = "estimator_logits"  # the argument through which a method gets its t
 WEIGHTS = "weights"  # and the one through which cells that depend on others get their weights
 
 
-KNOB_RANGES = {
+KNOB_RANGES = {  # any finite number where a knob is not named
     "alpha": (0.0, 1.0),
     "clip": (0.0, 1.0),
     "epsilon": (0.0, 1.0),
@@ -133,9 +133,12 @@ def loss_gradient(
         probs = logits.sigmoid()
         slope = cross_entropy_slope(probs, *weights) / (probs.shape[-2] * probs.shape[-1])
         return (slope * probs * (1 - probs),)
-    logits = logits.detach().requires_grad_()
-    value = loss_value(method, logits, labels, knobs=knobs)
-    return torch.autograd.grad(value.sum(), (logits,))
+    leaves = [logits.detach().requires_grad_()]
+    if estimator_logits is not None:
+        leaves.append(estimator_logits.detach().requires_grad_())
+        knobs = {**knobs, ESTIMATOR: leaves[1]}
+    value = loss_value(method, leaves[0], labels, knobs=knobs)
+    return torch.autograd.grad(value.sum(), leaves)
 
 
 def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
@@ -145,9 +148,10 @@ def check_knobs(loss: str, knobs: Mapping[str, float]) -> None:
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
             raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
-        low, high = KNOB_RANGES[name]
+        low, high = KNOB_RANGES.get(name, (-math.inf, math.inf))
         if not (low <= value <= high and math.isfinite(value)):
             wanted = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
+            wanted = wanted if math.isfinite(low) else "a finite number"
             raise MlcError(f"knobs.{name}: should be {wanted}, got {value}")
 
 

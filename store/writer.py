@@ -1,7 +1,8 @@
 """StoreWriter: fills a store shard by shard, so that a killed process loses one shard at most."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,26 @@ class StoreWriter:
         if pending:
             raise MlcError(f"{self._backend.path}: {pending} images are still to be extracted")
         self._backend.set_attribute("complete", True)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Finish the store after a block that fills it, and close it whatever happens there.
+
+        Raises:
+            MlcError: rows are still pending.
+            KeyboardInterrupt: with a message that says what is kept.
+        """
+        try:
+            yield
+            self.finish()
+        except KeyboardInterrupt:
+            done = int((self.status != schema.PENDING).sum())
+            raise KeyboardInterrupt(
+                f"{self._backend.path}: stopped, {done:,} of {len(self.status):,} images are kept; "
+                "the same command goes on from there"
+            ) from None
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Flush and close."""

@@ -12,7 +12,7 @@ from slow_losses import K, SlowLoss, slopes, slow_term
 from torchvision.ops import sigmoid_focal_loss
 
 from mlc.configs.errors import MlcError
-from mlc.heads.losses import LOSSES, check_knobs, loss_gradient, loss_value
+from mlc.heads.losses import LOSSES, Method, check_knobs, loss_gradient, loss_value
 
 CASES = golden.load("mlspl/losses.json")
 Q2L = {"gamma_neg": 2, "gamma_pos": 0, "clip": 0, "epsilon": 1e-5}
@@ -366,3 +366,25 @@ def test_the_gradient_that_training_takes_is_autograds(name: str) -> None:
         )
         for leaf, gradient in zip(leaves, found, strict=False):
             torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_method_with_an_estimator_needs_no_formula_for_its_gradient() -> None:
+    logits, estimator = (torch.randn(3, 5, 4, dtype=torch.float64) for _ in range(2))
+    labels, role = torch.randint(-1, 2, (5, 4)), LOSSES["role"]
+    by_formula, by_autograd = (
+        loss_gradient(method, logits, labels, knobs=knobs_of("role"), estimator_logits=estimator)
+        for method in (role, replace(role, gradient=None))
+    )
+    assert len(by_autograd) == 2
+    for one, other in zip(by_formula, by_autograd, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+
+
+def test_a_new_loss_may_have_knobs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cells(logits: torch.Tensor, labels: torch.Tensor, *, sharpness: float = 1.0):
+        return sharpness * logits * labels
+
+    monkeypatch.setitem(LOSSES, "new", Method(cells, "full"))
+    check_knobs("new", {"sharpness": -3.0})
+    with pytest.raises(MlcError, match=r"knobs.sharpness: should be a finite number, got inf"):
+        check_knobs("new", {"sharpness": math.inf})

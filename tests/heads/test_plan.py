@@ -1,7 +1,7 @@
 """Blocks of a sweep: every head in one of them, beside its like, within cache and memory."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ CELLS = 4 * 10 * 32 * 16 * CLASSES  # of the losses of 32 steps, while they are 
 HEAD = 5 * STATE + CELLS  # with gradient, two moments and the best epoch
 TABLE = 4 * IMAGES * CLASSES * 5  # rest, two moments, and two while it is made
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
@@ -33,15 +35,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     limit(PLENTY)
     return limit
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[Callable[[int], None]]:
-    """Give each test two workers; return what sets another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def heads(losses: tuple[str, ...] = ("an",), seeds: int = 1, **settings: Any) -> list[TrainConfig]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,12 @@ from mlc.report.table import find_runs, make_report
 SAME = ("head.safetensors", "scores.npz", "metrics.jsonl")  # the bits of a head
 OVERFLOWS = 1e38  # a learning rate
 
+pytestmark = pytest.mark.usefixtures("threads")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_store.write(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[Callable[[int], None]]:
-    """Give each test two workers; return what sets another number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
