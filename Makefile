@@ -24,6 +24,7 @@ lint: $(READY) .lint/mlc
 bench: $(READY)       ## the performance figures; needs an idle machine
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/full_batch.py
 	$(BIN)/python benchmarks/linear_column.py
 

@@ -54,7 +54,10 @@ CONFIG = options(
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Any other field."),
 )
 DATA = options(
-    click.option("--data", help="coco, voc, nuswide, cub, digits, or a CSV of file,labels."),
+    click.option(
+        "--data",
+        help="coco, voc, nuswide, cub, digits, a CSV of file,labels, or a COCO-format JSON.",
+    ),
     click.option("--root", type=PATH, help="Folder of the images; default data/NAME."),
     click.option(
         "--keep-unlabelled",
@@ -69,6 +72,23 @@ LABELS = options(
     click.option("--labels-file", type=PATH, help="A label table of mlc data prepare."),
     click.option("--labels", help=f"{LABELS_HELP}; default what the loss is made for."),
     click.option("--classes", callback=names, help="Keep these classes, e.g. cat,dog."),
+)
+NO_CHECK = click.option(
+    "--no-check",
+    "check",
+    flag_value=False,
+    default=None,
+    help="Do not compare features with the store's checksums.",
+)
+VIEWS = options(
+    click.option("--layer", help="Whose features of the store; default its first."),
+    click.option(
+        "--view-augment",
+        is_flag=True,
+        default=None,
+        help="See each image of a step in one of the store's views, at random.",
+    ),
+    click.option("--eval-views", help="first, or mean: of the logits of all; default first."),
 )
 DEVICE = click.option("--device", help="auto, cpu, cuda, cuda:1, ...; default auto.")
 WEIGHTS = click.option("--weights", type=PATH, help="A weights file, .safetensors or .pth.")
@@ -133,24 +153,31 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @WEIGHTS
 @click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
 @click.option("--size", "size_px", type=int, help="Side of the square input; default the model's.")
+@click.option("--features", help="pooled,tokens, each perhaps with :float16 or :int8; [pooled].")
+@click.option("--layers", help="Modules by name, e.g. layer3,layer4; default the last features.")
+@click.option("--views", help="Cached views, e.g. orig,flip; default orig.")
 @DATA
 @click.option("--out", type=PATH, help="The store; default features/ and a name with its key.")
 @click.option("--format", help="zarr or hdf5; default zarr.")
 @click.option("--batch-size", type=int, help="Images in one forward pass.")
 @click.option("--workers", type=int, help="Threads that decode; default one for each core.")
+@click.option("--shard", metavar="I/N", help="Fill the I-th of N shares, I from 0, beside others.")
 @click.option("--on-error", help="skip records a bad image, raise stops at it; default skip.")
+@click.option("--on-changed", help="raise at a photo that changed, or extract it; default raise.")
+@click.option("--forecast", is_flag=True, default=None, help="Say what it will take, and stop.")
 @DEVICE
 def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     """Stage 1: run a frozen backbone over a data set, once, into a store."""
     from mlc.configs import load
     from mlc.extract.run import ExtractConfig, extract
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_extraction
+    from mlc.report.summary import print_extraction, print_forecast
 
     config = load(ExtractConfig, "extract", recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
-        done = extract(config, progress)
-    print_extraction(done)
+        done = extract(config, progress, print_forecast)
+    if not config.forecast:
+        print_extraction(done)
 
 
 @cli.command("import")
@@ -190,11 +217,128 @@ def info(path: Path) -> None:
     click.echo(describe_store(path))
 
 
+@store.command("list")
+@click.argument("folder", type=PATH, default="features")
+def list_stores(folder: Path) -> None:
+    """List the stores of a folder, features/ by default, with their sizes."""
+    from mlc.report.console import print_table
+    from mlc.report.stores import store_records
+
+    records = store_records(folder)
+    if records:
+        print_table(records)
+    else:
+        click.echo(f"no stores in {folder}")
+
+
+@store.command("rm")
+@click.argument("paths", type=PATH, nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def remove(paths: tuple[Path, ...], yes: bool) -> None:
+    """Remove stores, with the labels beside them."""
+    from mlc.store.catalog import disk_usage
+    from mlc.store.remove import remove_store
+
+    for path in paths:
+        size = disk_usage(path).allocated_bytes / 1e6 if path.exists() else 0.0
+        if yes or click.confirm(f"remove {path}, {size:,.1f} MB?"):
+            click.echo(f"removed: {path}, {remove_store(path) / 1e6:,.1f} MB")
+
+
+@store.command()
+@click.argument("path", type=PATH)
+def finish(path: Path) -> None:
+    """End a store that several workers have filled (mlc extract --shard)."""
+    from mlc.store.finish import finish
+
+    click.echo(f"store: {path}, complete, {finish(path):,} good images")
+
+
+IMAGES_NOW = options(
+    click.option("--root", type=PATH, help="Where the images are now, if they moved."),
+    WEIGHTS,
+    DEVICE,
+)
+
+
+@store.command()
+@click.argument("path", type=PATH)
+@click.option("--live", type=click.IntRange(1), help="Also extract so many images, and compare.")
+@IMAGES_NOW
+def verify(path: Path, live: int | None, **where: Any) -> None:
+    """Compare all that a store holds with its checksums; name all that is bad."""
+    from mlc.report.console import progress_bar
+    from mlc.report.store import print_live, print_verification
+    from mlc.store.verify import verify
+
+    with progress_bar("verify", "MB") as progress:
+        found = verify(path, progress)
+    print_verification(path, found)
+    if live is not None:
+        from mlc.extract.live import compare_live
+        from mlc.extract.origin import Where
+
+        with progress_bar("extract", "batches") as progress:
+            compared = compare_live(path, live, Where.of(**where), progress)
+        print_live(path, compared)
+
+
+@store.command()
+@click.argument("path", type=PATH)
+@IMAGES_NOW
+def repair(path: Path, **where: Any) -> None:
+    """Extract again what is damaged in a store, and nothing else."""
+    from mlc.extract.origin import Where
+    from mlc.extract.repair import repair
+    from mlc.report.console import progress_bar
+    from mlc.report.store import print_repair
+
+    with progress_bar("repair", "images") as progress:
+        done = repair(path, Where.of(**where), progress)
+    print_repair(path, done)
+
+
+@store.command()
+@click.argument("source", type=PATH)
+@click.argument("target", type=PATH, required=False)
+@click.option("--features", callback=names, help="Narrower, e.g. pooled:float16,tokens:int8.")
+def convert(source: Path, target: Path | None, features: tuple[str, ...] | None) -> None:
+    """Copy a store into another format or narrower dtypes, checked on the way."""
+    from mlc.report.console import progress_bar
+    from mlc.store.convert import convert
+
+    with progress_bar("convert", "images") as progress:
+        made = convert(source, target, features, progress)
+    click.echo(f"{made.images:,} images")
+    click.echo(f"store: {made.path}")
+
+
+@store.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--seeds", callback=partial(numbers, int), help="Of the heads; default 0,1,2.")
+@click.option("--epochs", type=int, help="Of the heads; default 25.")
+def compare(first: Path, second: Path, seeds: tuple[int, ...] | None, epochs: int | None) -> None:
+    """Say what a dtype costs: how far features differ, and the mAP of heads on them."""
+    from mlc.configs import load
+    from mlc.heads.config import TrainConfig
+    from mlc.report.compare_stores import compare
+    from mlc.report.console import progress_bar
+    from mlc.report.store import print_comparison
+
+    config = load(TrainConfig, "compare", flags={"epochs": epochs})
+    with progress_bar("compare", "epochs") as progress:
+        compared = compare(first, second, config, seeds or (0, 1, 2), progress)
+    print_comparison(compared)
+
+
 @cli.command("train-head")
 @CONFIG
 @LABELS
+@VIEWS
+@NO_CHECK
 @click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
-@click.option("--head", help="linear or normalised-linear; default linear.")
+@click.option("--head", help="linear, normalised-linear, or attention-pool (of tokens).")
 @click.option("--solver", help="adam, or lbfgs: the optimum of a convex loss; default adam.")
 @click.option("--lr", type=float, help="Of Adam; default 1e-3.")
 @click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
@@ -208,15 +352,14 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     """Stage 2: train a head on a store, select its epoch, test it."""
     from mlc.configs import load
     from mlc.heads.config import TrainConfig, check_config
-    from mlc.heads.fit import fit, prepare
-    from mlc.heads.inputs import read_features, read_labels
+    from mlc.heads.fit import fit, prepare, read_inputs
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_run
 
     config = load(TrainConfig, "train-head", recipe, overrides, flags)
     check_config(config)
-    features = read_features(config.features)
-    prepared = prepare(config, features, read_labels(config, features.path))
+    features, table = read_inputs(config)
+    prepared = prepare(config, features, table)
     for note in prepared.notes(config.val_labels):
         click.echo(note)
     unit = "epochs" if config.solver == "adam" else "problems"
@@ -228,8 +371,10 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 @cli.command()
 @CONFIG
 @LABELS
+@VIEWS
+@NO_CHECK
 @click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
-@click.option("--head", help="linear or normalised-linear; default linear.")
+@click.option("--head", help="linear, normalised-linear, or attention-pool (of tokens).")
 @click.option("--solvers", callback=names, help="adam,lbfgs; default adam.")
 @click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
 @click.option("--weight-decay", callback=partial(numbers, float), help="e.g. 0,1e-2; default 0.")
@@ -267,6 +412,8 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.argument("run", type=PATH)
 @DATA
 @click.option("--features", type=PATH, help="A store; default the one it was trained on.")
+@click.option("--eval-views", help="first, or mean: of the logits of all; default the run's.")
+@NO_CHECK
 @click.option("--labels-file", type=PATH, help="A label table; default the one of the training.")
 @click.option("--unlisted", help="CSV: what a class is that a row does not list.")
 @click.option("--split", default="test", help="train, val, test or all; default test.")

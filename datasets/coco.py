@@ -1,13 +1,11 @@
 """COCO 2014 with image-level labels, row for row as the MLSPL authors' code makes them."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError
+from mlc.datasets.coco_json import read_part
 from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import LabelTable, full_labels
 
@@ -39,20 +37,22 @@ def read_coco(root: Path, keep_unlabelled: bool = False) -> ImageSet:
         MlcError: something is missing, is not COCO, or contradicts itself.
     """
     _check_layout(root)
-    parts = [_read_part(root, name) for name in PARTS]
-    if parts[0][1] != parts[1][1]:
+    parts = [read_part(root / "annotations" / f"instances_{name}.json") for name in PARTS]
+    if parts[0].classes != parts[1].classes:
         raise MlcError(f"{root}: instances_train2014 and instances_val2014 have other categories")
-    both = np.intersect1d(parts[0][0], parts[1][0])
+    both = np.intersect1d(parts[0].image_id, parts[1].image_id)
     if len(both):
         raise MlcError(f"{root}: image id {str(both[0])!r} is there twice, in train and val")
-    image_id = np.concatenate([ids for ids, *_ in parts])
-    file = np.concatenate([files for *_, files, _ in parts])
-    true = np.concatenate([labels for *_, labels in parts])
-    split = np.repeat(list(PARTS.values()), [len(ids) for ids, *_ in parts])
+    image_id = np.concatenate([part.image_id for part in parts])
+    file = np.concatenate(
+        [np.char.add(f"{name}/", part.file) for name, part in zip(PARTS, parts, strict=True)]
+    )
+    true = np.concatenate([part.true for part in parts])
+    split = np.repeat(list(PARTS.values()), [len(part.image_id) for part in parts])
     table = LabelTable(
         image_id=image_id,
         file=file,
-        classes=parts[0][1],
+        classes=parts[0].classes,
         observed=full_labels(true),
         true=true,
         split=split,
@@ -68,67 +68,3 @@ def _check_layout(root: Path) -> None:
     missing = [name for name in wanted if not (root / name).exists()]
     if missing:
         raise MlcError(f"{root}: no {', '.join(missing)} there; {HOW_TO_GET}")
-
-
-def _read_part(
-    root: Path, part: str
-) -> tuple[NDArray[np.str_], tuple[str, ...], NDArray[np.str_], NDArray[np.bool_]]:
-    """Return a part's ids (N,), class names, files (N,) and labels (N, L), ids sorted as text."""
-    path = root / "annotations" / f"instances_{part}.json"
-    images, annotations, categories = _parse(path)
-    names = {str(image["id"]): f"{part}/{image['file_name']}" for image in images}
-    if len(names) != len(images):
-        raise MlcError(f"{path}: image id {_first_repeat(images)} is there twice")
-    if not names or not annotations:
-        raise MlcError(f"{path}: lists no {'annotations' if names else 'images'}")
-    ids = sorted(names)
-    row = {image_id: index for index, image_id in enumerate(ids)}
-    column = {category["id"]: index for index, category in enumerate(categories)}
-    if len(column) != len(categories):
-        raise MlcError(f"{path}: a category id is there twice")
-    labels = np.zeros((len(ids), len(categories)), dtype=np.bool_)
-    for annotation in annotations:
-        try:
-            labels[row[str(annotation["image_id"])], column[annotation["category_id"]]] = True
-        except KeyError as error:
-            raise MlcError(
-                f"{path}: annotation {annotation.get('id')} names image or category "
-                f"{error.args[0]!r}, which the file does not list"
-            ) from None
-    classes = tuple(str(category["name"]) for category in categories)
-    return np.array(ids), classes, np.array([names[each] for each in ids]), labels
-
-
-def _parse(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
-    try:
-        content = json.loads(path.read_bytes())
-        images, annotations = content["images"], content["annotations"]
-        categories = content["categories"]
-        for entries in (images, annotations, categories):
-            if not isinstance(entries, list):
-                raise TypeError(f"a list, where {type(entries).__name__} is,")
-        for entries, keys in (
-            (images, ("id", "file_name")),
-            (annotations, ("image_id", "category_id")),
-            (categories, ("id", "name")),
-        ):
-            for entry in entries:
-                for key in keys:
-                    hash(entry[key])
-    except ValueError as error:
-        raise MlcError(f"{path}: not JSON ({error}); unpack COCO's annotations again") from None
-    except (KeyError, TypeError, IndexError) as error:
-        raise MlcError(
-            f"{path}: not COCO annotations, {error} is missing or of another kind; "
-            "expected lists of images, annotations and categories"
-        ) from None
-    return images, annotations, categories
-
-
-def _first_repeat(images: list[Any]) -> str:
-    seen: set[str] = set()
-    for image in images:
-        if str(image["id"]) in seen:
-            break
-        seen.add(str(image["id"]))
-    return repr(image["id"])

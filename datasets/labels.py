@@ -178,3 +178,29 @@ def load_labels(path: Path) -> LabelTable:
         ) from None
     except (*DAMAGED, ValueError, TypeError, KeyError, OSError) as error:
         raise MlcError(f"{path}: not a label table ({error})") from None
+
+
+def merge_labels(table: LabelTable, added: LabelTable) -> LabelTable:
+    """Return a table with the rows of another after its own.
+
+    Raises:
+        MlcError: they have other classes, or the truth is known of one alone.
+    """
+    if table.classes != added.classes or (table.true is None) != (added.true is None):
+        raise MlcError(
+            f"labels: the {len(table):,} images that are there are labelled with other classes "
+            f"({len(table.classes)}) than the {len(added):,} that are added "
+            f"({len(added.classes)}); list all images in one table, or name another store with "
+            "--out"
+        )
+    true = None
+    if table.true is not None and added.true is not None:
+        true = np.concatenate([table.true, added.true])
+    return replace(
+        added,
+        image_id=np.concatenate([table.image_id, added.image_id]),
+        file=np.concatenate([table.file, added.file]),
+        observed=np.concatenate([table.observed, added.observed]),
+        true=true,
+        split=np.concatenate([table.split, added.split]),
+    )

@@ -1,6 +1,7 @@
-"""Which data set a command means: a name of DATASETS, or the path of a CSV."""
+"""Which data set a command means: a name of DATASETS, or the path of a CSV or a COCO JSON."""
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from mlc.configs import Config
 from mlc.configs.errors import MlcError, nearest
 from mlc.datasets.coco import read_coco
+from mlc.datasets.coco_json import read_coco_json
 from mlc.datasets.csv_file import Unlisted, read_csv
 from mlc.datasets.digits import read_digits
 from mlc.datasets.formatted import read_formatted
@@ -31,10 +33,11 @@ class DataConfig(Config):
     """Where images and labels come from.
 
     Attributes:
-        data: a key of DATASETS, or the path of a CSV of ``file,labels``.
-        root: the folder of the images; by default ``data/NAME`` (or ``$MLC_DATA/NAME``), and the
-            folder of the CSV.
-        keep_unlabelled: COCO, VOC: keep the images without annotations, as Query2Label does.
+        data: a key of DATASETS, or the path of a CSV of ``file,labels``, or of a JSON in COCO's
+            format; ``train.json,test.json`` and ``train.json,val.json,test.json`` are the splits.
+        root: the folder of the images; by default ``data/NAME`` (or ``$MLC_DATA/NAME``), the
+            folder of the CSV, and what ``read_coco_json`` finds at the JSON.
+        keep_unlabelled: COCO, VOC, JSON: keep the images without annotations, as Query2Label does.
         unlisted: CSV: what a class is that a row does not list.
     """
 
@@ -53,13 +56,33 @@ def read_images(config: DataConfig) -> ImageSet:
     if config.data in DATASETS:
         root = config.root or default_root(config.data)
         return DATASETS[config.data](root, config.keep_unlabelled)
-    path = Path(config.data)
-    if path.suffix.lower() != ".csv":
-        raise MlcError(
-            f"unknown data set {config.data!r}; {nearest(config.data, DATASETS)}, "
-            "or give the path of a .csv"
-        )
-    return read_csv(path, config.root or path.parent, config.unlisted)
+    paths = data_files(config.data)
+    suffixes = [path.suffix.lower() for path in paths]
+    if set(suffixes) == {".json"}:
+        return read_coco_json(paths, config.root, config.keep_unlabelled)
+    if suffixes == [".csv"]:
+        return read_csv(paths[0], config.root or paths[0].parent, config.unlisted)
+    raise MlcError(
+        f"unknown data set {config.data!r}; {nearest(config.data, DATASETS)}, "
+        "or give the path of a .csv or .json"
+    )
+
+
+def data_files(data: str) -> list[Path]:
+    """Return the files that ``--data`` names where it is no key of DATASETS.
+
+    >>> [path.name for path in data_files("a,b/train.json,test.json")]
+    ['train.json', 'test.json']
+    """
+    parts = re.split(r"(?<=\.json),", data, flags=re.IGNORECASE)  # a folder may have a comma
+    return [Path(part.strip()) for part in parts]
+
+
+def absolute_data(data: str) -> str:
+    """Return a ``--data`` that names the same data set from any folder."""
+    if data in DATASETS:
+        return data
+    return ",".join(str(path.resolve()) for path in data_files(data))
 
 
 def default_root(data: str) -> Path:

@@ -1,46 +1,44 @@
-"""Backbone: a frozen timm model, what it wants its input to be, and where its weights are from."""
+"""Backbone: a frozen model, what it wants its input to be, and where its weights are from."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
-from timm.data import resolve_model_data_config
-from timm.models import (
-    get_pretrained_cfg,
-    is_model,
-    list_models,
-    list_pretrained,
-    split_model_name_tag,
-)
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from mlc.configs import Config
 from mlc.configs.device import choose_device
-from mlc.configs.errors import MlcError, choose, nearest
+from mlc.configs.errors import choose
 from mlc.extract.images import INTERPOLATIONS
+from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
-from mlc.extract.weights import hash_weights, load_weights
-from mlc.store.key import FeatureKey
+from mlc.extract.network import Network, Weights, cannot_take
+from mlc.extract.timm_models import resolve_timm_name, timm_network
+from mlc.extract.torchvision_models import (
+    TORCHVISION,
+    resolve_torchvision_name,
+    torchvision_network,
+)
+from mlc.extract.views import ORIGINAL, check_views
+from mlc.extract.weights import hash_weights
+from mlc.store.key import FeatureKey, feature_dtypes
+from mlc.store.schema import POOLED, TOKENS, feature
 
-# A bare name means the weights that the literature means: both papers use torchvision's V1.
-PAPER_TAGS = {"resnet50": "tv_in1k", "resnet101": "tv_in1k"}
-HUB = "hf-hub:"
-LAYER = "pre_logits"  # timm's name of what the classifier would see
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class BackboneConfig(Config):
-    """Which backbone, and how images are made to fit it.
+    """Which backbone, which of its features, and how images are made to fit it.
 
     Attributes:
-        backbone: a timm name, with or without its pretrained tag, or ``hf-hub:OWNER/NAME``.
+        backbone: a timm name, with or without its pretrained tag, ``hf-hub:OWNER/NAME``, or
+            ``torchvision:NAME``, with or without the name of its weights.
         weights: a weights file instead of the published ones.
         weights_licence: of that file, if you know it; recorded in stores and runs.
         random_weights: untrained, for tests; seeded.
@@ -49,6 +47,11 @@ class BackboneConfig(Config):
         precision: of the forward pass; "auto" is float32 on a CPU, and on a GPU bfloat16 if it
             has it, else float16.
         device: "auto" is the GPU if there is one.
+        layers: modules by name, and "pre_logits" for what the classifier would see, which is the
+            default; the first one is what a head reads if none is named. Lists may be one text
+            with commas.
+        features: kinds, "pooled" and "tokens", each with an optional dtype as "tokens:int8".
+        views: names of ``VIEWS``, "orig" first if it is among them; evaluation takes the first.
     """
 
     backbone: str = "resnet50"
@@ -59,6 +62,16 @@ class BackboneConfig(Config):
     interpolation: str | None = None
     precision: Precision = "auto"
     device: str = "auto"
+    layers: tuple[str, ...] = ()
+    features: tuple[str, ...] = (POOLED,)
+    views: tuple[str, ...] = (ORIGINAL,)
+
+    @field_validator("layers", "features", "views", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -67,16 +80,21 @@ class Backbone:
 
     Attributes:
         name: architecture with its pretrained tag, or with the file the weights are from.
-        module: images (B, 3, S, S) normalised -> features (B, D).
-        width: D.
+        module: images (B, 3, S, S) normalised -> features (B, D) of the default layer.
+        reader: runs the module and reads the layers that were asked for.
+        arrays: shape of what one view of an image has in each array, by its name, as (D,) of
+            "pre_logits/pooled".
+        grids: (H, W) of the tokens, by layer; empty if tokens are not asked for.
         licence: of the weights, as published; "unknown" if nobody says.
         device: where it runs.
-        key: what makes its features, all but the store's dtype settled.
+        key: what makes its features.
     """
 
     name: str
     module: nn.Module
-    width: int
+    reader: LayerReader
+    arrays: Mapping[str, tuple[int, ...]]
+    grids: Mapping[str, tuple[int, int]]
     licence: str
     device: torch.device
     key: FeatureKey
@@ -87,97 +105,65 @@ class Backbone:
         return 8 if self.device.type == "cpu" else 64
 
     @torch.inference_mode()
-    def features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return (B, D) float32 for images (B, S, S, 3) uint8."""
+    def features(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """Return what goes into each array for images (B, S, S, 3) uint8.
+
+        Returns:
+            (B, ...) float32 on the backbone's device, by the names and shapes of ``arrays``.
+        """
         images = torch.from_numpy(pixels).to(self.device, non_blocking=True)
         # The layout of pixels is channels-last already: this permutes strides, not memory.
         images = images.permute(0, 3, 1, 2).float().div_(255)
         images = images.sub_(self._constant(self.key.mean)).div_(self._constant(self.key.std))
         dtype = DTYPES[self.key.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            features: Tensor = self.module(images)
-        values: NDArray[np.float32] = features.float().cpu().numpy()
-        return values
+            layers = self.reader(images)
+        return _arrays(layers, self.reader.kinds)
 
     def _constant(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
 
-def load_backbone(config: BackboneConfig, dtype: str = "float32") -> Backbone:
+def load_backbone(config: BackboneConfig) -> Backbone:
     """Build a frozen backbone with its weights, in eval mode, channels-last.
 
-    Args:
-        config: which one.
-        dtype: of the store that the features are for, a part of its key.
-
     Raises:
-        MlcError: the model is unknown, its weights cannot be had or do not fit, it cannot take
-            images of this size, or the device is not there.
+        MlcError: the model, a layer, a kind of features or a view is unknown, a layer does not
+            give what is asked of it, the weights cannot be had or do not fit, the model cannot
+            take images of this size, or the device is not there.
     """
     keep_freed_memory()
     device = choose_device(config.device)
+    kinds = feature_dtypes(config.features)
+    check_views(config.views)
     name = resolve_name(config.backbone)
-    model, licence = _build(name, config)
-    cfg = resolve_model_data_config(model)
-    size_px = config.size_px or int(cfg["input_size"][-1])
-    model.reset_classifier(0)
-    model = _resize_input(model, name, size_px, int(cfg["input_size"][-1]))
-    key = _feature_key(model, config, cfg, size_px, device, dtype)
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    network = _build(name, config)
+    reader = LayerReader(network, config.layers, tuple(kinds))
+    key = _feature_key(network, config, reader, device)
+    module = network.module.eval().requires_grad_(False)
+    module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layers = _try_one(reader, name, device)
     return Backbone(
         name=_describe(name, config),
-        module=model,
-        width=_width(model, name, size_px, device),
-        licence=config.weights_licence or licence,
+        module=module,
+        reader=reader,
+        arrays={name: tuple(each.shape[1:]) for name, each in _arrays(layers, kinds).items()},
+        grids=_grids(layers, kinds),
+        licence=config.weights_licence or network.licence,
         device=device,
         key=key,
     )
 
 
-def _feature_key(
-    model: Any,
-    config: BackboneConfig,
-    cfg: Mapping[str, Any],
-    size_px: int,
-    device: torch.device,
-    dtype: str,
-) -> FeatureKey:
-    interpolation = config.interpolation or str(cfg["interpolation"])
-    choose(INTERPOLATIONS, interpolation, "interpolation")
-    return FeatureKey(
-        backbone=str(model.pretrained_cfg.get("architecture") or config.backbone),
-        weights=hash_weights(model),
-        layers=(LAYER,),
-        size_px=size_px,
-        resize="squash",
-        interpolation=interpolation,
-        decode="pillow",
-        mean=tuple(float(each) for each in cfg["mean"]),
-        std=tuple(float(each) for each in cfg["std"]),
-        precision=resolve_precision(config.precision, device),
-        views=("orig",),
-        dtype=dtype,
-    )
-
-
 def resolve_name(name: str) -> str:
-    """Return the full timm name that a name means: ``resnet50`` is ``resnet50.tv_in1k``.
+    """Return the full name that a name means: ``resnet50`` is ``resnet50.tv_in1k``.
 
     Raises:
-        MlcError: timm has no such model, or no such tag of it.
+        MlcError: there is no such model, or no such tag of it.
     """
-    if name.startswith(HUB):
-        return name
-    architecture, tag = map(str, split_model_name_tag(name))
-    if not is_model(architecture):
-        raise MlcError(f"unknown backbone {architecture!r}; {nearest(architecture, list_models())}")
-    tags = [each.partition(".")[2] for each in list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise MlcError(f"unknown tag {tag!r} of {architecture}; {nearest(tag, tags)}")
-    if not tag:
-        cfg = get_pretrained_cfg(architecture)
-        tag = PAPER_TAGS.get(architecture) or (cfg.tag if cfg else "")
-    return f"{architecture}.{tag}" if tag else architecture
+    if name.startswith(TORCHVISION):
+        return resolve_torchvision_name(name)
+    return resolve_timm_name(name)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
@@ -189,60 +175,62 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _build(name: str, config: BackboneConfig) -> tuple[Any, str]:
-    """Return the timm model, its classifier still on, and the licence of its weights."""
-    if config.weights and config.random_weights:
-        raise MlcError("weights: got both a file and --random-weights; pass one")
-    # The hub's client retries for a minute and logs each try; one sentence at the end is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    pretrained = not config.random_weights and config.weights is None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # random weights are the same, and so their key is, every time
-            model = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # urllib, httpx, the hub and timm raise without a common base
-        if not pretrained and not name.startswith(HUB):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise MlcError(
-            f"{name}: its weights cannot be had ({reason}); go online, log in if they are gated, "
-            "or pass --weights FILE"
-        ) from None
-    if config.weights:
-        return model, load_weights(model, config.weights)
-    if config.random_weights:
-        return model, "none, they are random"
-    return model, str(model.pretrained_cfg.get("license") or "unknown")
+def _build(name: str, config: BackboneConfig) -> Network:
+    weights = Weights(config.weights, config.random_weights)
+    build = torchvision_network if name.startswith(TORCHVISION) else timm_network
+    return build(name, weights, config.size_px)
 
 
-def _resize_input(model: Any, name: str, size_px: int, native_px: int) -> Any:
-    """Let a model that is built for one size (a ViT's position embeddings) take another."""
-    if size_px != native_px and hasattr(model, "set_input_size"):
-        try:
-            model.set_input_size(img_size=size_px)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise MlcError(f"size_px: {name} cannot take {size_px} px ({error})") from None
-    return model
+def _feature_key(
+    network: Network, config: BackboneConfig, reader: LayerReader, device: torch.device
+) -> FeatureKey:
+    interpolation = config.interpolation or network.interpolation
+    choose(INTERPOLATIONS, interpolation, "interpolation")
+    dtypes = feature_dtypes(config.features)
+    return FeatureKey(
+        backbone=network.architecture,
+        weights=hash_weights(network.module),
+        layers=reader.layers,
+        size_px=network.size_px,
+        resize="squash",
+        interpolation=interpolation,
+        decode="pillow",
+        mean=network.mean,
+        std=network.std,
+        precision=resolve_precision(config.precision, device),
+        views=config.views,
+        features=tuple(f"{kind}:{dtype}" for kind, dtype in dtypes.items()),
+    )
 
 
-def _width(model: nn.Module, name: str, size_px: int, device: torch.device) -> int:
-    """Run one blank image: the honest way to learn D, and that the size is accepted."""
+def _try_one(reader: LayerReader, name: str, device: torch.device) -> dict[str, LayerFeatures]:
+    """Run one blank image: the honest way to learn the shapes, and that the size is accepted."""
+    size_px = reader.network.size_px
     try:
         with torch.inference_mode():
-            output = model(torch.zeros(1, 3, size_px, size_px, device=device))
+            return reader(torch.zeros(1, 3, size_px, size_px, device=device))
     except (AssertionError, RuntimeError) as error:
-        raise MlcError(
-            f"size_px: {name} cannot take {size_px} px ({' '.join(str(error).split())[:160]})"
-        ) from None
-    if output.ndim != 2:
-        raise MlcError(
-            f"{name}: gives features of shape {list(output.shape)[1:]}, expected one row"
-        )
-    return int(output.shape[1])
+        raise cannot_take(name, size_px, error) from None
+
+
+def _arrays(layers: Mapping[str, LayerFeatures], kinds: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of layers by the names of their arrays."""
+    wanted = tuple(kinds)
+    return {
+        feature(layer, kind): values
+        for layer, features in layers.items()
+        for kind, values in features.arrays(wanted).items()
+    }
+
+
+def _grids(layers: Mapping[str, LayerFeatures], kinds: Iterable[str]) -> dict[str, tuple[int, int]]:
+    if TOKENS not in kinds:
+        return {}
+    return {layer: each.grid for layer, each in layers.items() if each.grid}
 
 
 def _describe(name: str, config: BackboneConfig) -> str:
-    architecture = split_model_name_tag(name)[0]
+    architecture = name.partition(".")[0]
     if config.weights:
         return f"{architecture} with {config.weights.name}"
     return f"{architecture} with random weights" if config.random_weights else name

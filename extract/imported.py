@@ -20,14 +20,16 @@ from mlc.extract.images import hash_content
 from mlc.extract.weights import file_sha256
 from mlc.store import schema
 from mlc.store.key import FeatureKey
+from mlc.store.layout import Layout
 from mlc.store.lock import writer_lock
-from mlc.store.reader import labels_path
-from mlc.store.writer import Layout, StoreWriter
+from mlc.store.reader import FeatureStore, labels_path
+from mlc.store.writer import StoreWriter
 
 # Data sets whose label table has its rows in the order of the published features.
 PUBLISHED = dict.fromkeys(("coco", "coco-formatted", "cub", "nuswide", "voc", "voc-formatted"))
 PARTS = {"train": "train", "val": "test"}  # of the files -> the split of their rows
 LAYER = "features"
+ARRAY = schema.feature(LAYER, schema.POOLED)
 BACKBONE = "resnet50 of the MLSPL authors, imported features"
 UNKNOWN = "unknown"  # the authors publish no extraction script
 SHARD_ROWS = 256
@@ -165,7 +167,7 @@ def _layout(
         key=_feature_key(list(sha256.values()), parts),
         image_id=table.image_id,
         file=table.file,
-        widths={LAYER: parts[0].shape[1]},
+        arrays={ARRAY: parts[0].shape[1:]},
         batch_size=0,  # there was no forward pass
         shard_rows=SHARD_ROWS,
         made_by=recorded,
@@ -186,7 +188,7 @@ def _feature_key(sha256: Sequence[str], parts: Sequence[NDArray[Any]]) -> Featur
         std=(),
         precision=UNKNOWN,
         views=(UNKNOWN,),
-        dtype="float16" if half else "float32",
+        features=("pooled:float16" if half else "pooled:float32",),
     )
 
 
@@ -224,6 +226,7 @@ def _fill(
     progress: Progress,
 ) -> int:
     """Write the shards that are not there yet, and the labels; return how many rows that were."""
+    _require_same_rows(path, layout)
     writer = StoreWriter.create_or_resume(path, layout)
     pending = writer.status == schema.PENDING
     todo = [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
@@ -233,11 +236,23 @@ def _fill(
         for shard in todo:
             values = _rows(parts, shard)
             hashes = np.array([hash_content(row.tobytes()) for row in values])
-            features = {LAYER: np.concatenate([_as_stored(row) for row in values])[:, None]}
+            features = {ARRAY: np.concatenate([_as_stored(row) for row in values])[:, None]}
             writer.write_shard(shard, features, hashes, np.full(len(shard), ""))
             imported += len(shard)
             progress(imported, total)
     return imported
+
+
+def _require_same_rows(path: Path, layout: Layout) -> None:
+    """Refuse a store with other rows: which features are whose is all that the files say."""
+    if not path.exists():
+        return
+    with FeatureStore(path, unfinished=True) as store:
+        if not np.array_equal(store.image_id, layout.image_id):
+            raise MlcError(
+                f"{path}: holds {len(store.image_id)} other images than the "
+                f"{len(layout.image_id)} asked for; name another store with --out"
+            )
 
 
 def _rows(parts: Sequence[NDArray[Any]], rows: range) -> list[NDArray[Any]]:

@@ -1,10 +1,9 @@
 """extract(): the images of a data set through a backbone into a store, resumable."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -14,17 +13,19 @@ from mlc.configs.errors import MlcError, choose
 from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
 from mlc.datasets.images import ImageSet
-from mlc.datasets.labels import save_labels
-from mlc.datasets.source import DataConfig, read_images
+from mlc.datasets.labels import LabelTable, load_labels, merge_labels, save_labels
+from mlc.datasets.source import DataConfig, absolute_data, read_images
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
+from mlc.extract.calibration import calibrate_arrays
+from mlc.extract.fill import STAGES, Share, Work, fill
+from mlc.extract.forecast import Forecast, forecast
 from mlc.extract.images import hash_content, load_image
-from mlc.extract.stream import FeatureBatch, stream_features
 from mlc.store import schema
+from mlc.store.layout import Layout, rows_of
+from mlc.store.lease import Leases, require_no_worker
 from mlc.store.lock import writer_lock
-from mlc.store.reader import labels_path
-from mlc.store.writer import Layout, StoreWriter
-
-STAGES = ("read", "decode", "infer", "write")
+from mlc.store.reader import FeatureStore, labels_path
+from mlc.store.writer import StoreWriter
 
 
 class ExtractConfig(DataConfig, BackboneConfig):
@@ -33,21 +34,27 @@ class ExtractConfig(DataConfig, BackboneConfig):
     Attributes:
         out: path of the store; by default ``features/`` and a name that carries its key's hash.
         format: "zarr" or "hdf5"; by default what ``out`` ends in, else Zarr.
-        dtype: of the stored features.
         batch_size: images in one forward pass; by default 8 on a CPU, whose caches it should
             fit, and 64 on a GPU.
         shard_rows: images written and marked done together: what a killed process may lose.
         workers: threads that read and decode; by default one for each core.
         on_error: "skip" records a bad image and goes on, "raise" stops at it.
+        on_changed: what to do where the store has features of another photo of the same name:
+            "raise" stops, "extract" takes the photo that is there now.
+        shard: "i/n": fill the i-th of n shares of the store's shards, from 0; the other workers,
+            on this host or others, fill theirs. ``mlc store finish`` then ends the store.
+        forecast: tell what it will take, and do nothing.
     """
 
     out: Path | None = None
     format: str | None = None
-    dtype: Literal["float32", "float16"] = "float32"
     batch_size: int | None = None
     shard_rows: int = 256
     workers: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
+    on_changed: Literal["raise", "extract"] = "raise"
+    shard: str | None = None
+    forecast: bool = False
 
 
 @dataclass
@@ -59,9 +66,15 @@ class ExtractReport:
         backbone: its full name.
         weights: hash of its tensors.
         licence: of its weights.
-        images: rows of the store.
+        images: of the data set.
+        rows: of the store, which may hold more.
         extracted: rows extracted by this call; the others were there.
+        copied: rows whose photo the store had already.
         bad: reason by file of every bad image in the store.
+        clipped: images with numbers that the stored dtype cannot hold, and how many such numbers,
+            by array.
+        left: shards that other workers held.
+        complete: the store is.
         wall_seconds: from the first image to the last.
         seconds: busy time of each of ``STAGES``, summed over threads.
     """
@@ -71,39 +84,69 @@ class ExtractReport:
     weights: str
     licence: str
     images: int
+    rows: int = 0
     extracted: int = 0
+    copied: int = 0
     bad: dict[str, str] = field(default_factory=dict)
+    clipped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    complete: bool = False
     wall_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
-def extract(config: ExtractConfig, progress: Progress = silent) -> ExtractReport:
+def extract(
+    config: ExtractConfig,
+    progress: Progress = silent,
+    tell: Callable[[Forecast], None] = lambda _: None,
+) -> ExtractReport:
     """Extract what is missing of a data set's features.
 
-    A killed call loses the shards in flight at most; the same call goes on. Bad images of an
-    earlier call are tried again. The label table is written beside the store.
+    A killed call loses the shards in flight at most; the same call goes on. Images that the store
+    lacks become new rows. Bad images of an earlier call are tried again. The label table is
+    written beside the store.
+
+    Args:
+        config: what to extract.
+        progress: told after each batch.
+        tell: given the forecast, unless there is nothing to do.
 
     Raises:
         MlcError: see ``read_images``, ``load_backbone`` and ``StoreWriter.create_or_resume``;
-            a stored photo is not the one that is there now; or an image is bad and
-            ``on_error`` is "raise".
+            it does not fit on the disk; a stored photo is not the one that is there now; an image
+            is bad and ``on_error`` is "raise"; or another worker is on the same share.
         KeyboardInterrupt: with a message that says what is kept.
     """
-    _check(config)
+    share = _check(config)
     images = read_images(config)
     images.check_files()
     progress(0, len(images.file), f"loading {config.backbone}")
-    backbone = load_backbone(config, config.dtype)
+    backbone = load_backbone(config)
     path = store_path(config, images, backbone)
     report = ExtractReport(
         path, backbone.name, backbone.key.weights, backbone.licence, len(images.file)
     )
-    with writer_lock(path):
-        writer = StoreWriter.create_or_resume(path, _layout(config, images, backbone))
-        with writer.filling():
-            _require_same_photos(writer, path, images)
-            save_labels(images.labels, labels_path(path))
-            _fill(writer, config, images, backbone, report, progress)
+    layout = _layout(config, images, backbone)
+    labels = _labels(path, images)
+    files = _missing(path, images)
+    if files:
+        tell(forecast(backbone, layout, path, files, worker_count(config.workers)))
+    if config.forecast:
+        return report
+    with writer_lock(path, shared=share is not None):
+        if path.exists():
+            layout = _from_anywhere(layout, path, images.root)
+        else:
+            layout = calibrate_arrays(
+                layout, backbone, images, worker_count(config.workers), progress
+            )
+        writer = StoreWriter.create_or_resume(path, layout, alone=share is None)
+        with writer.filling(finish=share is None):
+            if share is None:
+                require_no_worker(path)
+            _fill(writer, config, replace(images, labels=labels), backbone, share, report, progress)
+            _describe(writer, report)
+        report.complete = share is None
     return report
 
 
@@ -112,18 +155,8 @@ def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> P
     if config.out is not None:
         return config.out
     suffix, key = schema.FORMATS[config.format or "zarr"].suffix, backbone.key
-    return (
-        Path("features")
-        / f"{images.labels.dataset}-{key.backbone}-{key.size_px}-{key.digest()}{suffix}"
-    )
-
-
-def batches_of(rows: range, batch_size: int) -> list[range]:
-    """Cut rows into batches, the last of which may be smaller."""
-    return [
-        range(start, min(start + batch_size, rows.stop))
-        for start in range(rows.start, rows.stop, batch_size)
-    ]
+    name = key.backbone.replace(":", "-")
+    return Path("features") / f"{images.labels.dataset}-{name}-{key.size_px}-{key.digest()}{suffix}"
 
 
 def worker_count(workers: int | None) -> int:
@@ -134,7 +167,21 @@ def worker_count(workers: int | None) -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _check(config: ExtractConfig) -> None:
+def read_share(text: str) -> Share:
+    """Read "i/n" as a share of a store's shards.
+
+    Raises:
+        MlcError: it is not two such numbers, 0 <= i < n.
+    """
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return Share(int(index), int(count))
+    raise MlcError(
+        f"shard: should be i/n with i from 0 to n - 1, as 0/4 to 3/4 for four workers, got {text!r}"
+    )
+
+
+def _check(config: ExtractConfig) -> Share | None:
     """Refuse what can be seen to be wrong before images and weights are read."""
     if config.out is not None:
         schema.format_of(config.out)
@@ -148,6 +195,13 @@ def _check(config: ExtractConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise MlcError(f"{name}: should be at least 1, got {value}")
+    if config.shard is None:
+        return None
+    if config.format == "hdf5" or (config.out is not None and config.out.suffix == ".h5"):
+        raise MlcError("shard: an HDF5 file has one writer; several workers write a .zarr store")
+    if config.on_changed == "extract":
+        raise MlcError("on_changed: photos are not taken anew by --shard workers; leave one out")
+    return read_share(config.shard)
 
 
 def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layout:
@@ -160,40 +214,57 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
         "backbone_config": settings,
         "data": config.data,
         "root": str(images.root.resolve()),
+        "data_config": config.model_dump(mode="json", include=set(DataConfig.model_fields))
+        | {"data": absolute_data(config.data), "root": str(images.root.resolve())},
     }
     return Layout(
         key=backbone.key,
         image_id=images.image_id,
         file=images.file,
-        widths=dict.fromkeys(backbone.key.layers, backbone.width),
+        arrays=backbone.arrays,
         batch_size=config.batch_size or backbone.default_batch,
         shard_rows=config.shard_rows,
         made_by=recorded,
+        grids=backbone.grids,
     )
 
 
-def _require_same_photos(writer: StoreWriter, path: Path, images: ImageSet) -> None:
-    """Refuse to take stored features for those of another photo of the same name.
+def _from_anywhere(layout: Layout, path: Path, root: Path) -> Layout:
+    """Have images of another root than the store's added under their whole paths."""
+    with FeatureStore(path, unfinished=True) as store:
+        if store.made_by["root"] == str(root.resolve()):
+            return layout
+    return replace(layout, file=np.array([str(root.resolve() / each) for each in layout.file]))
 
-    Files that are newer than the store are compared with it by content hash; all of them, if the
-    store was made from another folder.
+
+def _missing(path: Path, images: ImageSet) -> list[Path]:
+    """Return the files whose features a store lacks."""
+    files = [images.root / str(name) for name in images.file]
+    if not path.exists():
+        return files
+    with FeatureStore(path, unfinished=True) as store:
+        there = set(store.image_id[store.status != schema.PENDING].tolist())
+    ids = images.image_id.tolist()
+    return [file for image_id, file in zip(ids, files, strict=True) if image_id not in there]
+
+
+def _labels(path: Path, images: ImageSet) -> LabelTable:
+    """Return the label table of a store: of these images, and what is known of its others.
+
+    Raises:
+        MlcError: the others are labelled with other classes.
     """
-    moved = writer.made_by["root"] != str(images.root.resolve())
-    created, stored = writer.made_by["created"], writer.content_hash()
-    for row in np.flatnonzero(writer.status == schema.OK).tolist():
-        file = images.root / str(images.file[row])
-        try:
-            if moved or file.stat().st_mtime >= created:
-                same = hash_content(file.read_bytes()) == stored[row]
-            else:
-                same = True
-        except OSError:
-            continue  # it is gone: its features are kept
-        if not same:
-            raise MlcError(
-                f"{path}: holds features of another photo than {file}, by its content; "
-                "name another store with --out"
-            )
+    beside = labels_path(path)
+    if not (path.exists() and beside.is_file()):
+        return images.labels
+    with FeatureStore(path, unfinished=True) as store:
+        others = np.isin(store.image_id, images.image_id, invert=True).any()
+    if not others:
+        return images.labels
+    earlier = load_labels(beside)
+    return merge_labels(
+        earlier.rows(np.isin(earlier.image_id, images.image_id, invert=True)), images.labels
+    )
 
 
 def _fill(
@@ -201,74 +272,98 @@ def _fill(
     config: ExtractConfig,
     images: ImageSet,
     backbone: Backbone,
+    share: Share | None,
     report: ExtractReport,
     progress: Progress,
 ) -> None:
-    """Extract the pending shards and those with a bad image that has been mended."""
-    files = [images.root / str(name) for name in images.file]
-    mended = _mended(writer, config, files, backbone)
-    pending = mended | (writer.status == schema.PENDING)
-    todo = [shard for shard in writer.shards() if pending[shard.start : shard.stop].any()]
-    total = sum(len(shard) for shard in todo)
-    batches = [batch for shard in todo for batch in batches_of(shard, writer.batch_size)]
-    stream = stream_features(backbone, files, batches, worker_count(config.workers))
-    start, bad = perf_counter(), 0
-    for shard in todo:
-        parts: list[FeatureBatch] = []
-        for part in _take(stream, shard):
-            parts.append(part)
-            for stage, seconds in part.seconds.items():
-                report.seconds[stage] += seconds
-            report.extracted += len(part.rows)
-            bad += int((part.error != "").sum())
-            progress(report.extracted, total, f"{bad} bad" if bad else "")
-            for row, error in zip(part.rows, part.error, strict=True):
-                _stop_at_bad(config, files[row], error)
-        _write(writer, shard, backbone, parts, report)
-    report.wall_seconds = perf_counter() - start
-    report.bad = writer.errors()
+    """Extract the rows that are pending and those of bad images that have been mended."""
+    rows = rows_of(writer.image_id, images.image_id)
+    files = [Path()] * len(writer.image_id)
+    for row, name in zip(rows.tolist(), images.file.tolist(), strict=True):
+        files[row] = images.root / name
+    asked = np.zeros(len(files), dtype=np.bool_)
+    asked[rows] = True
+    if share is not None:
+        for index, shard in enumerate(writer.shards()):
+            asked[shard.start : shard.stop] &= share.has(index)
+    _look_for_changes(writer, config, images.root, files, asked)
+    save_labels(images.labels, labels_path(writer.path))
+    mended = _mended(asked & (writer.status == schema.BAD), config, files, backbone)
+    if share is None and mended.any():  # it is not complete while they are written again
+        writer.set_pending(np.flatnonzero(mended))
+    wanted = mended | asked & (writer.status == schema.PENDING)
+    leases = None if share is None else Leases(writer.path)
+    work = Work(
+        backbone,
+        files,
+        wanted,
+        worker_count(config.workers),
+        stop_at_bad=config.on_error == "raise",
+        share=share or Share(),
+        leases=leases,
+    )
+    try:
+        done = fill(writer, work, progress)
+    finally:
+        if leases is not None:
+            leases.close()
+    report.extracted, report.copied, report.left = done.extracted, done.copied, done.left
+    report.wall_seconds, report.seconds = done.wall_seconds, done.seconds
+
+
+def _look_for_changes(
+    writer: StoreWriter,
+    config: ExtractConfig,
+    root: Path,
+    files: Sequence[Path],
+    asked: NDArray[np.bool_],
+) -> None:
+    """Do not take stored features for those of another photo of the same name.
+
+    Files that are newer than the store are compared with it by content hash; all of them, if the
+    store was made from another folder.
+    """
+    moved = writer.made_by["root"] != str(root.resolve())
+    created, stored = writer.made_by["created"], writer.content_hash()
+    changed = []
+    for row in np.flatnonzero(asked & (writer.status == schema.OK)).tolist():
+        try:
+            about = files[row].stat()
+            # A photo that takes another's place may be old; that it was put there is not.
+            newer = moved or max(about.st_mtime, about.st_ctime) >= created
+            if newer and hash_content(files[row].read_bytes()) != stored[row]:
+                changed.append(row)
+        except OSError:
+            continue  # it is gone: its features are kept
+    if changed and config.on_changed == "raise":
+        more = f", and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+        raise MlcError(
+            f"{writer.path}: holds features of another photo than {files[changed[0]]}, by its "
+            f"content{more}; take the new ones with --on-changed extract, or name another store "
+            "with --out"
+        )
+    if changed:
+        writer.set_pending(np.array(changed, np.intp))
 
 
 def _mended(
-    writer: StoreWriter, config: ExtractConfig, files: Sequence[Path], backbone: Backbone
+    bad: NDArray[np.bool_], config: ExtractConfig, files: Sequence[Path], backbone: Backbone
 ) -> NDArray[np.bool_]:
     """Return which images were bad in an earlier call and can be read now."""
-    size_px = backbone.key.size_px
-    scratch = np.zeros((size_px, size_px, 3), dtype=np.uint8)
+    key = backbone.key
+    scratch = np.zeros((len(key.views), key.size_px, key.size_px, 3), dtype=np.uint8)
     mended = np.zeros(len(files), dtype=np.bool_)
-    for row in np.flatnonzero(writer.status == schema.BAD).tolist():
-        error = load_image(files[row], backbone.key.interpolation, scratch).error
-        _stop_at_bad(config, files[row], error)
+    for row in np.flatnonzero(bad).tolist():
+        error = load_image(files[row], key.interpolation, key.views, scratch).error
+        if error and config.on_error == "raise":
+            raise MlcError(f"{files[row]}: {error}; mend it, or pass --on-error skip")
         mended[row] = not error
     return mended
 
 
-def _take(stream: Iterator[FeatureBatch], shard: range) -> Iterator[FeatureBatch]:
-    """Yield the batches of one shard: no batch crosses its end."""
-    for part in stream:
-        yield part
-        if part.rows.stop == shard.stop:
-            return
-
-
-def _stop_at_bad(config: ExtractConfig, file: Path, error: str) -> None:
-    if error and config.on_error == "raise":
-        raise MlcError(f"{file}: {error}; mend it, or pass --on-error skip")
-
-
-def _write(
-    writer: StoreWriter,
-    shard: range,
-    backbone: Backbone,
-    parts: Sequence[FeatureBatch],
-    report: ExtractReport,
-) -> None:
-    start = perf_counter()
-    features = np.concatenate([part.features for part in parts])[:, None]
-    writer.write_shard(
-        shard,
-        dict.fromkeys(backbone.key.layers, features),
-        np.concatenate([part.content_hash for part in parts]),
-        np.concatenate([part.error for part in parts]),
-    )
-    report.seconds["write"] += perf_counter() - start
+def _describe(writer: StoreWriter, report: ExtractReport) -> None:
+    report.rows = len(writer.status)
+    report.bad = writer.errors()
+    for array, counts in writer.clipped().items():
+        if counts.any():
+            report.clipped[array] = int((counts > 0).any(axis=1).sum()), int(counts.sum())

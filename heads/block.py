@@ -54,7 +54,7 @@ class LinearBlock:
         method: of LOSSES.
         knobs: of the method, settled.
         starts: of the heads.
-        train: the training split, on the device of training.
+        train: the training split, on the device of training, with the views that steps see.
         batch_size: B; every batch has as many rows.
     """
 
@@ -81,7 +81,11 @@ class LinearBlock:
         }
         *_, self._adam_steps = self._state
         self._decay = _decay(starts, device)
-        self._rows = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._views = train.features if train.views is None else train.views.flatten(0, 1)
+        # Rows of a step's images and, where there are views, of what it sees of them.
+        kinds = 1 if train.views is None else 2
+        self._batch = torch.zeros(kinds, batch_size, dtype=torch.long, device=device)
+        self._rows, self._seen = self._batch[0], self._batch[-1]
         self._x = torch.empty(batch_size, width, device=device)
         self.estimator = self._start_heads(starts)
         size = batch_size * classes
@@ -116,22 +120,29 @@ class LinearBlock:
         device = self._train.features.device
         return Estimator(torch.stack(tables).to(device), lr.to(device))
 
-    def epoch(self, batches: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
+    def epoch(
+        self, batches: Tensor, check: Callable[[], None] = lambda: None, views: Tensor | None = None
+    ) -> Tensor:
         """Take a step for each batch; return the mean losses (H,).
 
         Args:
             batches: (steps, B) rows of the training split, on the CPU.
             check: called before each step; whatever it raises ends training.
+            views: (steps, B) int64, likewise: in which each image is seen; by default the first.
         """
         visits = self.estimator.schedule(batches) if self.estimator is not None else None
-        batches = batches.to(self._rows.device)
+        seen = batches[:, None]
+        if views is not None:  # the rows of a view follow those of the one before it
+            images = len(self._train.features)
+            seen = torch.stack([batches, views * images + batches], dim=1)
+        batches, seen = batches.to(self._rows.device), seen.to(self._rows.device)
         total = torch.zeros(len(self.weight), device=self._rows.device)
         together = len(self._recorded[0])
         for chunk in range(0, len(batches), together):
             rows = batches[chunk : chunk + together]
             for step in range(len(rows)):
                 check()
-                self._rows.copy_(rows[step])
+                self._batch.copy_(seen[chunk + step])
                 if visits is not None:
                     for mine, now in zip(self._visit, visits.at(chunk + step), strict=True):
                         mine.copy_(now)
@@ -160,7 +171,7 @@ class LinearBlock:
         ]
 
     def _step(self) -> None:
-        torch.index_select(self._train.features, 0, self._rows, out=self._x)
+        torch.index_select(self._views, 0, self._seen, out=self._x)
         labels = self._train.observed.index_select(0, self._rows)
         self._forward()
         if self.estimator is None:

@@ -13,8 +13,9 @@ from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
 from mlc.datasets.source import DATASETS
 from mlc.heads.full_batch import CONVEX, check_strengths
 from mlc.heads.inputs import LabelsConfig
-from mlc.heads.linear import HEADS
 from mlc.heads.losses import LOSSES, check_knobs
+from mlc.heads.modules import HEADS
+from mlc.store.schema import TOKENS
 
 
 class ProtocolConfig(LabelsConfig):
@@ -26,8 +27,11 @@ class ProtocolConfig(LabelsConfig):
         head: a key of HEADS.
         knobs: of the loss, e.g. ``{smoothing: 0.05}``; ``expected_positives`` is by default the
             papers' constant, else the mean of the training split.
+        layer: whose features of the store; by default its first.
+        view_augment: at each step see each image of the batch in one of the views that the store
+            has of it, drawn from ``order_seed``; else in the first.
         epochs: the head of the best of them is kept.
-        order_seed: of the sequence of batches.
+        order_seed: of the sequence of batches, and of the views in them.
         corruption_seed: of the choice of single positives.
         split_seed: of the validation split.
         val_labels: what selects the best epoch: "clean" labels or the "observed" ones.
@@ -40,6 +44,8 @@ class ProtocolConfig(LabelsConfig):
     labels: Labels | None = None
     head: str = "linear"
     knobs: dict[str, float] = Field(default_factory=dict)
+    layer: str | None = None
+    view_augment: bool = False
     epochs: int = 25
     order_seed: int = 0
     corruption_seed: int = OFFICIAL_SEED
@@ -75,10 +81,18 @@ class TrainConfig(ProtocolConfig):
 
 def check_config(config: TrainConfig) -> None:
     """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
-    choose(HEADS, config.head, "head")
+    reads = choose(HEADS, config.head, "head").reads
     check_knobs(config.loss, config.knobs)
+    if reads == TOKENS and (config.solver == "lbfgs" or LOSSES[config.loss].has_estimator):
+        what = f"loss {config.loss}" if config.solver == "adam" else "solver lbfgs"
+        raise MlcError(f"head: {config.head} does not go with the {what}; take a linear head")
     if config.solver == "lbfgs":
         choose(CONVEX, config.loss, "loss of the solver lbfgs")
+        if config.view_augment:
+            raise MlcError(
+                "view_augment: the solver lbfgs takes no steps in which to draw a view, it sees "
+                "all images at once; leave it out, or use the solver adam"
+            )
     if config.strengths is not None:
         check_strengths(config.strengths)
     if not 0 <= config.threshold <= 1:
@@ -94,6 +108,12 @@ def check_config(config: TrainConfig) -> None:
         raise MlcError(
             f"weight_decay: should be at least 0 and below 1 / lr, got {config.weight_decay}"
         )
+
+
+def splits_in_views(config: ProtocolConfig) -> set[str]:
+    """Return the splits of which a config has a use for all views, not for the first alone."""
+    trained = {"train"} if config.view_augment else set()
+    return trained | ({"val", "test"} if config.eval_views == "mean" else set())
 
 
 def default_labels(config: TrainConfig, table: LabelTable) -> Labels:

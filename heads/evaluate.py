@@ -12,6 +12,7 @@ from mlc.datasets.protocol import assign_splits
 from mlc.datasets.source import DATASETS
 from mlc.heads.inputs import LabelsConfig, join, read_features, read_labels
 from mlc.heads.metrics import evaluate
+from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities, score
 
@@ -21,23 +22,26 @@ ALL = "all"  # every row of a table, whatever its split
 def evaluate_on_store(
     run: Run, config: LabelsConfig, split: str = "test", device: str = "auto"
 ) -> dict[str, Any]:
-    """Return the metrics of a run on a split of a store.
+    """Return the metrics of a run on a split of a store, of the layer that it was trained on.
 
     Args:
         run: the trained head.
-        config: store and labels; by default those that the run was trained with.
+        config: store, views and labels; by default those that the run was trained with.
         split: "train", "val", "test" or "all".
         device: where the head runs.
 
     Raises:
         MlcError: the store was made with other settings, or lacks images or classes.
     """
-    own = run.config.model_dump(include=set(LabelsConfig.model_fields))
-    asked = config.model_dump(exclude_defaults=True)
-    if "labels_file" in asked:  # in the place of whatever the run's labels were from
-        own = {name: own[name] for name in ("features", "classes")}
-    config = LabelsConfig(**(own | asked))
-    features = read_features(config.features)
+    config = _with_own(run, config)
+    in_views = (split,) if config.eval_views == "mean" else ()
+    features = read_features(
+        config.features,
+        run.config.layer,
+        choose(HEADS, run.config.head, "head").reads,
+        all_views=bool(in_views),
+        check=config.check,
+    )
     trained_on = run.results["features"]["key"]
     for field, value in trained_on.items():
         if features.key.get(field) != value:
@@ -46,9 +50,20 @@ def evaluate_on_store(
                 f"{field}: {features.key.get(field)!r}, the run has {value!r}"
             )
     table = labels_of_run(run, read_labels(config, features.path), choose_split(split))
-    rows = join(features, table, choose_device(device), (split,))[split]
-    logits = score(run.head().to(rows.features.device), rows, str(run.path))
+    rows = join(features, table, choose_device(device), (split,), in_all_views=in_views)[split]
+    head = run.head().to(rows.features.device)
+    logits = score(head, rows, str(run.path), config.eval_views, config.check)
     return evaluate(probabilities(logits), rows.true, run.classes, run.config.threshold)
+
+
+def _with_own(run: Run, config: LabelsConfig) -> LabelsConfig:
+    """Return a config that says of a run's features and labels what the given one leaves open."""
+    # What is given may be a default: the first view, of a run that takes the mean.
+    asked = config.model_dump(exclude_unset=True)
+    own = run.config.model_dump(include=set(LabelsConfig.model_fields) - {"check"})
+    if "labels_file" in asked:  # in the place of whatever the run's labels were from
+        own = {name: own[name] for name in ("features", "eval_views", "classes")}
+    return LabelsConfig(**(own | asked))
 
 
 def labels_of_run(run: Run, table: LabelTable, split: str) -> LabelTable:

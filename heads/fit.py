@@ -14,19 +14,28 @@ from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import apply_protocol
-from mlc.datasets.source import DATASETS
-from mlc.heads.config import TrainConfig, check_config, default_labels, settle_knobs
+from mlc.datasets.source import absolute_data
+from mlc.heads.attention_pool import AttentionPoolHead
+from mlc.heads.config import (
+    ProtocolConfig,
+    TrainConfig,
+    check_config,
+    default_labels,
+    settle_knobs,
+    splits_in_views,
+)
 from mlc.heads.explain import frequency_bins
-from mlc.heads.inputs import Features, Split, join, relabel
-from mlc.heads.linear import HEADS
+from mlc.heads.inputs import Features, Split, join, read_features, read_labels, relabel
 from mlc.heads.metrics import evaluate
+from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
 from mlc.heads.trained import TrainedHead, selection_targets
 from mlc.heads.training_labels import check_labels, label_gaps
 
 NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
-NOT_IN_NAME = {"out", "device", "features", "root", "labels_file"}  # places, not settings
+# Places and a switch, not settings.
+NOT_IN_NAME = {"out", "device", "features", "root", "labels_file", "check"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,22 @@ class Prepared:
         return sentences
 
 
+def read_inputs(config: ProtocolConfig) -> tuple[Features, LabelTable]:
+    """Read the features and labels that a config names, all views where it has a use for them.
+
+    Raises:
+        MlcError: see ``read_features`` and ``read_labels``.
+    """
+    features = read_features(
+        config.features,
+        config.layer,
+        choose(HEADS, config.head, "head").reads,
+        all_views=bool(splits_in_views(config)),
+        check=config.check,
+    )
+    return features, read_labels(config, features.path)
+
+
 def prepare(
     config: TrainConfig, features: Features, table: LabelTable, like: Prepared | None = None
 ) -> Prepared:
@@ -63,7 +88,7 @@ def prepare(
 
     Args:
         config: of the protocol.
-        features: of the store.
+        features: by ``read_inputs``.
         table: as read.
         like: the same table under another protocol of the same split seed, whose features are
             shared: those of COCO are a gigabyte.
@@ -78,7 +103,8 @@ def prepare(
         corruption_seed=config.corruption_seed,
     )
     if like is None:
-        splits = join(features, shown, choose_device(config.device))
+        device, views = choose_device(config.device), splits_in_views(config)
+        splits = join(features, shown, device, in_all_views=views)
         splits = {name: _as_seen(config.head, split) for name, split in splits.items()}
     else:
         splits = relabel(like.splits, shown)
@@ -98,7 +124,7 @@ def resolve(config: TrainConfig, features: Features, prepared: Prepared) -> Trai
     settled: dict[str, Any] = {
         "labels": default_labels(config, table),
         **{name: _absolute(getattr(config, name)) for name in ("root", "labels_file")},
-        "data": _absolute_csv(config.data),
+        "data": None if config.data is None else absolute_data(config.data),
         "features": features.path.resolve(),
         "knobs": settle_knobs(config, table),
         "out": path,
@@ -159,6 +185,8 @@ def run_path(
     """
     # Not the defaults: a field that a later version adds does not rename the runs of this one.
     unused = NOT_OF_OPTIMUM if config.solver == "lbfgs" else set()
+    if config.layer in features.key.get("layers", ())[:1]:  # that of who names none
+        unused = unused | {"layer"}
     settings = config.model_dump(mode="json", exclude=NOT_IN_NAME | unused, exclude_defaults=True)
     text = json.dumps([settings, dict(features.key), features.digest, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -169,7 +197,14 @@ def run_path(
 
 
 def _as_seen(head: str, split: Split) -> Split:
-    return replace(split, features=choose(HEADS, head, "head").inputs(split.features))
+    module = choose(HEADS, head, "head")
+    if issubclass(module, AttentionPoolHead):
+        return split
+    inputs = module.inputs
+    if split.views is None:
+        return replace(split, features=inputs(split.features))
+    views = inputs(split.views.flatten(0, 1)).view_as(split.views)
+    return replace(split, features=views[0], views=views)
 
 
 def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:
@@ -212,6 +247,7 @@ def _results(
         "features": {
             "store": str(features.path.resolve()),
             "digest": features.digest,
+            **({} if config.layer is None else {"layer": config.layer}),
             "key": dict(features.key),
             "backbone": features.made_by["backbone"],
             "weights_licence": features.made_by["weights_licence"],
@@ -224,7 +260,3 @@ def _results(
 def _absolute(path: Path | None) -> Path | None:
     """Return a path that a run can be used with from any folder."""
     return None if path is None else path.resolve()
-
-
-def _absolute_csv(data: str | None) -> str | None:
-    return data if data is None or data in DATASETS else str(Path(data).resolve())

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mlc.store.schema import POOLED
+
 
 class LinearHead(nn.Module):
     """Pooled features (B, D) -> logits (B, L).
@@ -12,6 +14,8 @@ class LinearHead(nn.Module):
     Weights and bias start uniform in +-1/sqrt(D): torch's own default for ``nn.Linear``, here from
     a generator of their own.
     """
+
+    reads = POOLED
 
     def __init__(self, width: int, classes: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -43,6 +47,3 @@ class NormalisedLinearHead(LinearHead):
     def inputs(features: Tensor) -> Tensor:
         """Return features (B, D) of length sqrt(D)."""
         return nn.functional.normalize(features, dim=1) * math.sqrt(features.shape[1])
-
-
-HEADS = {"linear": LinearHead, "normalised-linear": NormalisedLinearHead}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mlc.configs import dump, load
 from mlc.configs.errors import MlcError, choose
 from mlc.heads.config import TrainConfig
-from mlc.heads.linear import HEADS
+from mlc.heads.modules import HEADS
 
 CONFIG, HEAD, METRICS = "config.yaml", "head.safetensors", "metrics.jsonl"
 SCORES, RESULTS = "scores.npz", "results.json"

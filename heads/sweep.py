@@ -16,9 +16,9 @@ from mlc.heads.config import (
     default_labels,
     settle_knobs,
 )
-from mlc.heads.fit import Prepared, keep, prepare, resolve, run_path
+from mlc.heads.fit import Prepared, keep, prepare, read_inputs, resolve, run_path
 from mlc.heads.grid import ALL, SweepConfig, grid_of
-from mlc.heads.inputs import Features, read_features, read_labels
+from mlc.heads.inputs import Features
 from mlc.heads.plan import Plan, head_steps, plan
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import train_block
@@ -100,8 +100,7 @@ class _Work:
 
 def _prepare(config: SweepConfig, grid: Sequence[TrainConfig]) -> _Work:
     """Read the inputs once, and settle each head."""
-    features = read_features(config.features)
-    table = read_labels(config, features.path)
+    features, table = read_inputs(config)
     work = _Work(features, {})
     source = table.digest()
     unsuited: dict[str, str] = {}

@@ -15,10 +15,12 @@ from mlc.heads import metrics_torch
 from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.explain import estimated_positives, estimator_quality
-from mlc.heads.inputs import Split
+from mlc.heads.inputs import EvalViews, Split, mean_of_views
 from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
+from mlc.heads.order import batches_of_epoch, order_generators
 from mlc.heads.train_full_batch import train_full_batch
+from mlc.heads.train_tokens import score_split, train_tokens
 from mlc.heads.trained import Diverged, TrainedHead, selection_targets
 
 
@@ -56,37 +58,50 @@ def train_block(
     Args:
         configs: checked, their knobs settled; they differ in ``lr``, ``weight_decay`` and
             ``seed`` alone.
-        splits: "train", "val" and "test", on the device of training.
+        splits: "train", "val" and "test", on the device of training; with all views where the
+            configs have a use for them, see ``splits_in_views``.
         progress: told after each epoch.
         check: called before each step; whatever it raises ends training.
 
     Returns:
         For each config its head, or what is wrong with it.
     """
-    config, images = configs[0], len(splits["train"].image_id)
+    config, train = configs[0], splits["train"]
+    if train.tokens is not None:
+        return [train_tokens(each, splits, _checked(progress, check)) for each in configs]
     if config.solver == "lbfgs":
         with one_thread():
             return [train_full_batch(each, splits, _checked(progress, check)) for each in configs]
     heads = [_Selection(each.loss) for each in configs]
-    order = torch.Generator().manual_seed(config.order_seed)
     with one_thread():
         block = LinearBlock(
             LOSSES[config.loss],
             config.knobs,
             [Start(each.lr, each.weight_decay, each.seed) for each in configs],
-            splits["train"],
-            min(config.batch_size, images),
+            train,
+            min(config.batch_size, len(train.image_id)),
         )
         best = block.parameters.clone()
-        for epoch in range(1, config.epochs + 1):
-            losses = block.epoch(batches_of_epoch(images, config.batch_size, order), check)
-            lines = _lines(block, splits, config.val_labels, epoch, losses.tolist())
+        for epoch, (batches, views) in enumerate(_epochs(config, train), start=1):
+            losses = block.epoch(batches, check, views)
+            lines = _lines(block, splits, config, epoch, losses.tolist())
             for index, (head, line) in enumerate(zip(heads, lines, strict=True)):
                 if head.add(line):
                     best[index] = block.parameters[index]
             progress(epoch, config.epochs, f"val mAP {max(head.best for head in heads):.2f}")
         block.parameters.copy_(best)
-        return _finish(block, heads, splits)
+        return _finish(block, heads, splits, config.eval_views)
+
+
+def _epochs(config: TrainConfig, train: Split) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the batches of each epoch and, if they are drawn, the views of their images."""
+    order, drawn = order_generators(config.order_seed)
+    for _ in range(config.epochs):
+        batches = batches_of_epoch(len(train.image_id), config.batch_size, order)
+        views = None
+        if config.view_augment:
+            views = torch.randint(len(train.all_views()), batches.shape, generator=drawn)
+        yield batches, views
 
 
 @dataclass
@@ -112,14 +127,14 @@ class _Selection:
 def _lines(
     block: LinearBlock,
     splits: Mapping[str, Split],
-    val_labels: str,
+    config: TrainConfig,
     epoch: int,
     losses: list[float],
 ) -> Iterator[dict[str, float]]:
     """Yield the line of ``metrics.jsonl`` of each head."""
     train, val = splits["train"], splits["val"]
-    targets = selection_targets(val, val_labels)
-    for head, logits in enumerate(block.scores(val.features)):
+    targets = selection_targets(val, config.val_labels)
+    for head, logits in enumerate(_scores(block, val, config.eval_views)):
         line = {"epoch": epoch, "loss": losses[head], "val_mAP": math.nan}
         if torch.isfinite(logits).all():
             probs = logits.sigmoid()
@@ -130,6 +145,12 @@ def _lines(
             line["train_estimated_positives"] = estimated_positives(estimates)
             line |= estimator_quality(estimates, train.observed, train.true)
         yield line
+
+
+def _scores(block: LinearBlock, split: Split, eval_views: EvalViews) -> list[Tensor]:
+    """Return each head's logits (n, L) of a split."""
+    of_views = [block.scores(features) for features in split.scored_views(eval_views)]
+    return [mean_of_views(each) for each in zip(*of_views, strict=True)]
 
 
 def _mean_ap(probs: Tensor, targets: NDArray[np.bool_]) -> float:
@@ -149,9 +170,12 @@ def _checked(progress: Progress, check: Callable[[], None]) -> Progress:
 
 
 def _finish(
-    block: LinearBlock, heads: Sequence[_Selection], splits: Mapping[str, Split]
+    block: LinearBlock,
+    heads: Sequence[_Selection],
+    splits: Mapping[str, Split],
+    eval_views: EvalViews,
 ) -> list[TrainedHead | Diverged]:
-    logits = {name: block.scores(splits[name].features) for name in ("val", "test")}
+    logits = {name: _scores(block, splits[name], eval_views) for name in ("val", "test")}
     finished: list[TrainedHead | Diverged] = []
     for index, head in enumerate(heads):
         mine = {name: scores[index].cpu().numpy() for name, scores in logits.items()}
@@ -167,24 +191,27 @@ def _finish(
     return finished
 
 
-def batches_of_epoch(images: int, batch_size: int, order: torch.Generator) -> Tensor:
-    """Return (steps, B) rows in random order; the last partial batch is dropped.
-
-    A set smaller than a batch is one batch.
-    """
-    batch_size = min(batch_size, images)
-    steps = images // batch_size
-    return torch.randperm(images, generator=order)[: steps * batch_size].view(steps, batch_size)
-
-
 @torch.inference_mode()
-def score(head: nn.Module, split: Split, name: str) -> NDArray[np.float32]:
+def score(
+    head: nn.Module, split: Split, name: str, eval_views: EvalViews = "first", check: bool = True
+) -> NDArray[np.float32]:
     """Return a head's logits of a split, (n, L) float32.
+
+    Args:
+        head: on the device of the split.
+        split: joined with all views if ``eval_views`` is "mean".
+        name: of the head, for the error.
+        eval_views: see LabelsConfig.
+        check: see LabelsConfig.
 
     Raises:
         Diverged: they are not finite.
     """
-    logits: NDArray[np.float32] = head(split.features).cpu().numpy()
+    if split.tokens is not None:
+        logits = score_split(head, split.tokens, split.features.device, eval_views, check=check)
+    else:
+        of_views = [head(features) for features in split.scored_views(eval_views)]
+        logits = mean_of_views(of_views).cpu().numpy()
     if not np.isfinite(logits).all():
         raise Diverged(name)
     return logits

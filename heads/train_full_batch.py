@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mlc.configs.progress import Progress, silent
 from mlc.heads.config import TrainConfig
 from mlc.heads.explain import estimated_positives
-from mlc.heads.full_batch import STRENGTHS, fit_path
-from mlc.heads.inputs import Split
+from mlc.heads.full_batch import STRENGTHS, StrengthPath, fit_path
+from mlc.heads.inputs import EvalViews, Split, mean_of_views
 from mlc.heads.metrics import mean_ap
 from mlc.heads.trained import TrainedHead, selection_targets
 
@@ -40,7 +41,7 @@ def train_full_batch(
     targets = selection_targets(val, config.val_labels)
     history = []
     for index, strength in enumerate(strengths):
-        probs = path.logits(val.features, index).sigmoid().cpu()
+        probs = _logits(path, val, index, config.eval_views).sigmoid().cpu()
         history.append(
             {
                 "strength": strength,
@@ -51,9 +52,15 @@ def train_full_batch(
         )
     best = int(np.argmax([line["val_mAP"] for line in history]))
     logits: dict[str, NDArray[np.float32]] = {
-        name: path.logits(splits[name].features, best).float().cpu().numpy()
+        name: _logits(path, splits[name], best, config.eval_views).float().cpu().numpy()
         for name in ("val", "test")
     }
     state = {"weight": path.weight[best], "bias": path.bias[best]}
     state = {name: each.float().cpu().contiguous() for name, each in state.items()}
     return TrainedHead(state, best + 1, history, logits)
+
+
+def _logits(path: StrengthPath, split: Split, index: int, eval_views: EvalViews) -> Tensor:
+    """Return the logits (n, L) of a split at one strength."""
+    views = split.scored_views(eval_views)
+    return mean_of_views([path.logits(features, index) for features in views])

@@ -17,6 +17,13 @@ from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities
 from mlc.models.whole import WholeModel, load_whole
 
+OF_STORES = {
+    "features": "--features",
+    "labels_file": "--labels-file",
+    "eval_views": "--eval-views",
+    "check": "--no-check",
+}
+
 
 def evaluate_run(
     run: Run,
@@ -31,7 +38,8 @@ def evaluate_run(
 
     Args:
         run: the trained head.
-        flags: fields of LabelsConfig; with ``data`` the images themselves are read.
+        flags: fields of LabelsConfig; with ``data`` the images themselves are read, and scored in
+            their first view, whatever the run's ``eval_views``.
         split: "train", "val", "test" or "all".
         weights: of the backbone, if its file moved.
         device: by default the GPU if there is one.
@@ -47,11 +55,10 @@ def evaluate_run(
             raise MlcError("evaluate: --weights is for images; pass --data too")
         config = load(LabelsConfig, "evaluate", flags=given)
         return evaluate_on_store(run, config, split, device or "auto"), {}
-    for name in ("features", "labels_file"):
+    for name, flag in OF_STORES.items():
         if name in given:
             raise MlcError(
-                f"evaluate: got --data, which reads images, and --{name.replace('_', '-')}; "
-                "pass one of them"
+                f"evaluate: got --data, which reads images, and {flag}; pass one of them"
             )
     data = load(DataConfig, "evaluate", flags=given)
     model = load_whole(run, weights, device or "auto")
@@ -62,6 +69,8 @@ def evaluate_on_images(
     model: WholeModel, config: DataConfig, split: str = "test", progress: Progress = silent
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the metrics of a whole model on a split of a data set, and its bad images.
+
+    An image is scored in its first view, whatever the run's ``eval_views``.
 
     Raises:
         MlcError: the data set is not there or lacks a class of the run, or every image is bad.

@@ -1,26 +1,30 @@
 """WholeModel: the backbone that made a run's features, and the run's head on top of it."""
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mlc.configs.errors import MlcError
+from mlc.configs.errors import MlcError, choose
 from mlc.configs.files import written_aside
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import find_images
 from mlc.datasets.labels import class_columns
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.run import batches_of, worker_count
+from mlc.extract.fill import batches_of
+from mlc.extract.run import worker_count
 from mlc.extract.stream import stream_features
+from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities
 from mlc.store.key import require_same_key
+from mlc.store.schema import feature
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class WholeModel:
 
     Attributes:
         run: what was trained.
-        backbone: as it was when the features were made.
+        backbone: as it was when the features were made, of which it gives those that the head
+            reads, of its layer and of the first view.
         head: of the run, on the backbone's device.
     """
 
@@ -52,10 +57,10 @@ class WholeModel:
         logits = np.zeros((len(files), len(self.run.classes)), dtype=np.float32)
         bad: dict[int, str] = {}
         batches = batches_of(range(len(files)), self.backbone.default_batch)
+        name = feature(self.backbone.key.layers[0], HEADS[self.run.config.head].reads)
         for batch in stream_features(self.backbone, files, batches, worker_count(None)):
-            features = torch.from_numpy(batch.features).to(self.backbone.device)
             with torch.inference_mode():
-                scores = self.head(features).cpu().numpy()
+                scores = self.head(batch.features[name][:, 0]).cpu().numpy()
             good = batch.error == ""
             logits[np.asarray(batch.rows)[good]] = scores[good]
             bad |= {
@@ -82,15 +87,34 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
             f"{run.path}: was trained on imported features, and no backbone here makes the same "
             "of images; train on a store of mlc extract to use a run on images"
         )
+    stored = _current_key(made["key"])
     settings = dict(made["backbone_config"]) | {
         "device": device,
-        "precision": made["key"]["precision"],
+        "precision": stored["precision"],
+        "layers": (run.config.layer or stored["layers"][0],),
+        "features": (choose(HEADS, run.config.head, "head").reads,),
+        "views": tuple(stored["views"][:1]),
     }
     if weights is not None:
         settings["weights"] = weights
-    backbone = load_backbone(BackboneConfig(**settings), made["key"]["dtype"])
-    require_same_key(run.path, made["key"], backbone.key)
+    backbone = load_backbone(BackboneConfig(**settings))
+    # What else was stored of the same images does not change what the head reads.
+    asked = replace(
+        backbone.key,
+        layers=tuple(stored["layers"]),
+        features=tuple(stored["features"]),
+        views=tuple(stored["views"]),
+    )
+    require_same_key(run.path, stored, asked)
     return WholeModel(run, backbone, run.head().to(backbone.device))
+
+
+def _current_key(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded key with the fields of today: earlier ones had the dtype of "pooled"."""
+    fields = dict(key)
+    if "dtype" in fields:
+        fields["features"] = [f"pooled:{fields.pop('dtype')}"]
+    return fields
 
 
 def predict(

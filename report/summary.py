@@ -16,21 +16,40 @@ from mlc.report.table import Report
 from mlc.report.written import PARTIAL, check_table_path, footnote, to_records, write_table
 
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
+    from mlc.extract.forecast import Forecast
     from mlc.extract.run import ExtractReport
+
+
+def print_forecast(forecast: "Forecast") -> None:
+    """Print what an extraction will take, before it begins."""
+    click.echo(f"forecast: {forecast}", err=True)
 
 
 def print_extraction(report: "ExtractReport") -> None:
     """Print what an extraction did: backbone, bad images, shares of time, where the store is."""
     click.echo(f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}")
     print_bad(report.bad)
+    for array, (images, numbers) in report.clipped.items():
+        click.echo(
+            f"{array}: {numbers:,} numbers of {images:,} images are beyond its dtype, and clipped",
+            err=True,
+        )
+    for left in report.left:
+        click.echo(f"left to another worker: {left}", err=True)
+    if report.copied:
+        click.echo(f"{report.copied:,} images copied from others of the same photo")
     if report.extracted:
         rate = report.extracted / report.wall_seconds
         click.echo(
             f"{report.extracted:,} images in {report.wall_seconds:.1f} s, {rate:.1f} images/s: "
             f"{shares(report.seconds, tuple(report.seconds))}"
         )
-    else:
+    elif not report.copied:
         click.echo(f"nothing to do, all {report.images:,} images were there")
+    if report.rows > report.images:
+        click.echo(f"the store holds {report.rows - report.images:,} more images than these")
+    if not report.complete:
+        click.echo(f"when all workers have ended: mlc store finish {report.path}")
     click.echo(f"store: {report.path}")
 
 

@@ -1,22 +1,34 @@
 """HDF5: one file, easy to carry, one writer."""
 
 import json
+import os
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError
-from mlc.store.backend import Array
+from mlc.store.backend import Array, longest
+from mlc.store.journal import journal_path, journaled, roll_back
+from mlc.store.units import LOST, Units
+
+META_BYTES = 1 << 16  # of groups, headers and attributes
+META_BYTES_OF_CHUNK = 128  # of a B-tree whose nodes are half full: 114 were measured
+SMALLEST_OFFSET = 96  # the length of a superblock
+SIGNATURE, EOF_OFFSET = b"\x89HDF\r\n\x1a\n", 40  # of a superblock of version 0
 
 
 class Hdf5Backend:
     """A store in one HDF5 file.
 
-    Every array has its final size, its space allocated when it is created, and no filter. So
-    nothing but values changes after creation, and a killed writer leaves a file that opens: a
-    layout that grows loses the whole file when its writer is killed between two flushes.
+    Every array has its space allocated when it is created, and no filter. So nothing but values
+    changes after creation, and a killed writer leaves a file that opens: a layout that grows loses
+    the whole file when its writer is killed between two flushes. Where it must grow, because images
+    were added, a journal of what is overwritten makes that a step that is done or not.
     """
 
     suffix: ClassVar[str] = ".h5"
@@ -26,13 +38,36 @@ class Hdf5Backend:
         self._file = file
 
     @classmethod
-    def create(cls, path: Path) -> Self:
-        """Make an empty file."""
-        return cls(path, h5py.File(path, "w-"))
+    def create(cls, path: Path, chunks: int) -> Self:
+        """Make an empty file, with room at its beginning for what tells where its arrays are.
+
+        So a file that was cut off has lost the features that were there, and nothing else.
+        """
+        room = META_BYTES + chunks * META_BYTES_OF_CHUNK
+        return cls(path, h5py.File(path, "w-", meta_block_size=room))
+
+    @classmethod
+    def restore_length(cls, path: Path) -> None:
+        """Bring a file that was cut off to its length again, for HDF5 refuses to open it."""
+        with path.open("r+b") as file:
+            head = file.read(EOF_OFFSET + 8)
+            if len(head) == EOF_OFFSET + 8 and head.startswith(SIGNATURE):
+                length = int.from_bytes(head[EOF_OFFSET:], "little")
+                if path.stat().st_size < length:
+                    file.truncate(length)
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False) -> Self:
         """Open a file; HDF5 itself refuses a second writer."""
+        if write and path.exists() and not os.access(path, os.W_OK):
+            raise MlcError(f"{path}: no permission to write to it, or a read-only disk")
+        if write:
+            roll_back(path)
+        elif journal_path(path).exists():
+            raise MlcError(
+                f"{path}: images are being added to it, or were when a process was killed; "
+                "run the same mlc extract again"
+            )
         try:
             return cls(path, h5py.File(path, "r+" if write else "r"))
         except FileNotFoundError:
@@ -42,54 +77,143 @@ class Hdf5Backend:
         except PermissionError:
             raise MlcError(f"{path}: no permission to open it") from None
         except OSError as error:
-            raise MlcError(f"{path}: not an HDF5 file, or damaged ({error})") from None
+            raise MlcError(
+                f"{path}: not an HDF5 file, or damaged ({error}); if it was cut off, mend it with "
+                "mlc store repair"
+            ) from None
+
+    def clear_leftovers(self) -> None:
+        """Do nothing: what a killed writer left is within the file."""
 
     def attributes(self) -> dict[str, Any]:
         """Return the root's attributes."""
         values = {}
         try:
             for name, value in self._file.attrs.items():
-                values[name] = bool(value) if isinstance(value, np.bool_) else json.loads(value)
+                plain = isinstance(value, np.bool_ | np.integer)
+                values[name] = value.item() if plain else json.loads(value)
         except (TypeError, ValueError):
             raise MlcError(f"{self.path}: an HDF5 file, but not a feature store") from None
         return values
 
     def set_attribute(self, name: str, value: Any) -> None:
-        """Set an attribute; ``modify`` overwrites an existing one in place."""
-        plain = np.bool_(value) if isinstance(value, bool) else json.dumps(value)
-        self._file.attrs.modify(name, plain)
+        """Set an attribute; ``modify`` overwrites an existing one in place.
+
+        Text is of fixed length, as HDF5 keeps any other far from what tells where arrays are.
+        """
+        kinds = {bool: np.bool_, int: np.int64}
+        make = kinds.get(type(value), lambda other: np.bytes_(json.dumps(other)))
+        self._file.attrs.modify(name, make(value))
 
     def create_array(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunk_rows: int
     ) -> None:
-        """Lay out an array, chunked by rows."""
-        chunks = (min(chunk_rows, shape[0]), *shape[1:])
-        self._lay_out(name, h5py.h5t.py_create(dtype, logical=True), shape, chunks)
+        """Lay out an array, chunked by rows; its zeros are written, so a full disk is seen here."""
+        self._lay_out(name, dtype, shape, (chunk_rows, *shape[1:]), h5py.h5d.FILL_TIME_ALLOC)
+
+    def create_features(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        shard_rows: int,
+        *,
+        unit_chunks: bool,
+    ) -> None:
+        """Lay out a feature array; its space is a hole in the file until it is written."""
+        chunks = (1, 1, *shape[2:]) if unit_chunks else (shard_rows, *shape[1:])
+        self._lay_out(name, dtype, shape, chunks, h5py.h5d.FILL_TIME_NEVER)
 
     def create_text(self, name: str, rows: int, max_bytes: int, chunk_rows: int) -> None:
         """Lay out text of fixed length, which needs no heap that would grow later."""
         dtype = h5py.string_dtype("utf-8", max(1, max_bytes))
-        chunks = (min(chunk_rows, rows),)
-        self._lay_out(name, h5py.h5t.py_create(dtype, logical=True), (rows,), chunks)
+        self._lay_out(name, dtype, (rows,), (chunk_rows,), h5py.h5d.FILL_TIME_ALLOC)
 
     def _lay_out(
-        self, name: str, dtype: Any, shape: tuple[int, ...], chunks: tuple[int, ...]
+        self,
+        name: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        fill_time: int,
     ) -> None:
         layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         layout.set_chunk(chunks)
         layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        layout.set_fill_time(fill_time)
+        layout.set_obj_track_times(False)  # the same store is the same bytes
         parents = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         parents.set_create_intermediate_group(True)
-        space = h5py.h5s.create_simple(shape)
-        h5py.h5d.create(self._file.id, name.encode(), dtype, space, dcpl=layout, lcpl=parents)
+        space = h5py.h5s.create_simple(shape, (h5py.h5s.UNLIMITED, *shape[1:]))
+        stored = h5py.h5t.py_create(dtype, logical=True)
+        h5py.h5d.create(self._file.id, name.encode(), stored, space, dcpl=layout, lcpl=parents)
+
+    def grow(self, rows: int, names: list[str], text: Mapping[str, Array]) -> None:
+        """Lengthen arrays; a killed call is rolled back when the store is opened for writing."""
+        self._file.close()
+        with journaled(self.path) as journal, h5py.File(journal, "r+") as file:
+            grown = Hdf5Backend(self.path, file)
+            grown.set_attribute("complete", False)
+            grown.set_attribute("rows", rows)
+            for name in names:
+                file[name].resize(rows, axis=0)
+            for name, values in text.items():
+                chunk_rows = file[name].chunks[0]
+                del file[name]  # what is new may be longer than its fixed length
+                grown.create_text(name, rows, longest(values), chunk_rows)
+                grown.write(name, 0, values)
+        self._file = h5py.File(self.path, "r+")
+
+    def names(self) -> set[str]:
+        """Return the names of all arrays."""
+        found: set[str] = set()
+        self._file.visititems(
+            lambda name, each: found.add(name) if isinstance(each, h5py.Dataset) else None
+        )
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an array."""
         return tuple(self._array(name).shape)
 
-    def lost_chunks(self, name: str) -> int:
-        """Return 0: all chunks are allocated when the array is created."""
-        return 0
+    def units(self, name: str) -> Units | None:
+        """Return where units lie, or None if the array was repacked with a filter."""
+        dataset = self._array(name)
+        if dataset.chunks is None or dataset.id.get_create_plist().get_nfilters():
+            return None
+        rows, views, *item = dataset.shape
+        chunk_rows, chunk_views = dataset.chunks[:2]
+        if tuple(dataset.chunks[2:]) != tuple(item) or chunk_views not in (1, views):
+            return None
+        place = np.full((-(-rows // chunk_rows), -(-views // chunk_views)), LOST, dtype=np.int64)
+
+        def note(chunk: Any) -> None:
+            row, view, *_ = chunk.chunk_offset
+            if row < rows and view < views:
+                place[row // chunk_rows, view // chunk_views] = chunk.byte_offset
+
+        dataset.id.chunk_iter(note)
+        _distrust(place, prod(dataset.chunks) * dataset.dtype.itemsize, self.path.stat().st_size)
+        row, view = np.divmod(np.arange(rows * views), views)
+        chunk = place[row // chunk_rows, view // chunk_views]
+        within = row % chunk_rows * chunk_views + view % chunk_views
+        unit_bytes = prod(item) * dataset.dtype.itemsize
+        return Units(
+            files=(self.path,),
+            file=np.zeros(rows * views, np.intp),
+            offset=np.where(chunk == LOST, LOST, chunk + within * unit_bytes),
+            views=views,
+            shape=tuple(item),
+            dtype=dataset.dtype,
+        )
+
+    def make_room(self, name: str, shard: int) -> bool:
+        """Do nothing: all space is allocated when the array is created."""
+        return False
+
+    def lost_chunks(self, name: str, rows: int) -> list[str]:
+        """Return none: all chunks are allocated when the array is created."""
+        return []
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
@@ -106,6 +230,10 @@ class Hdf5Backend:
             values = np.char.encode(values, "utf-8").astype(dataset.dtype)
         dataset[start : start + len(values)] = values
 
+    def reset(self, name: str, start: int, blank: Array) -> None:
+        """Write blank rows: text that is no UTF-8 any more cannot be read, but written over."""
+        self.write(name, start, blank)
+
     def flush(self) -> None:
         """Hand everything to the operating system."""
         self._file.flush()
@@ -118,3 +246,16 @@ class Hdf5Backend:
         if name not in self._file:
             raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
         return self._file[name]
+
+
+def _distrust(place: NDArray[np.int64], chunk_bytes: int, file_bytes: int) -> None:
+    """Set to ``LOST`` the addresses of chunks that cannot be true.
+
+    HDF5 keeps no checksum of them, and writing to a wrong one would destroy something else.
+    """
+    place[(place < SMALLEST_OFFSET) | (place + chunk_bytes > file_bytes)] = LOST
+    flat = place.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    overlap = (np.diff(flat[order]) < chunk_bytes) & (flat[order][:-1] != LOST)
+    flat[order[:-1][overlap]] = LOST
+    flat[order[1:][overlap]] = LOST

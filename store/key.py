@@ -2,13 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mlc.configs.errors import MlcError
+from mlc.configs.errors import MlcError, choose
 
 DIGEST_CHARS = 10
+# Kinds of features in the order of a key, and what they are stored as unless a dtype is named.
+DEFAULT_DTYPES = {"pooled": "float32", "tokens": "float16"}
+DTYPES = dict.fromkeys(("float32", "float16", "int8"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class FeatureKey:
         std: of the normalisation.
         precision: of the forward pass.
         views: names of the cached views of an image.
-        dtype: of the stored numbers.
+        features: kinds and dtypes of the stored numbers, as "pooled:float32"; see
+            ``feature_dtypes``.
     """
 
     backbone: str
@@ -41,7 +45,7 @@ class FeatureKey:
     std: tuple[float, ...]
     precision: str
     views: tuple[str, ...]
-    dtype: str
+    features: tuple[str, ...]
 
     def digest(self) -> str:
         """Return the short hash that a store's name carries."""
@@ -52,6 +56,33 @@ class FeatureKey:
         """Return the key as JSON values, lists for tuples."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
+
+
+def feature_dtypes(features: Sequence[str]) -> dict[str, str]:
+    """Return the dtype of each kind of features that a list names, "pooled" before "tokens".
+
+    >>> feature_dtypes(["tokens:int8", "pooled"])
+    {'pooled': 'float32', 'tokens': 'int8'}
+
+    Args:
+        features: kinds, each with an optional dtype, as "tokens" or "tokens:int8". The prefix
+            tokens of a layer are stored as its patch tokens are, and are not listed.
+
+    Raises:
+        MlcError: none, an unknown kind or dtype, or a kind that is there twice.
+    """
+    if not features:
+        raise MlcError(f"features: got none; choose from {', '.join(DEFAULT_DTYPES)}")
+    dtypes: dict[str, str] = {}
+    for item in features:
+        kind, colon, dtype = item.partition(":")
+        default = choose(DEFAULT_DTYPES, kind, "kind of features")
+        if colon:
+            choose(DTYPES, dtype, f"dtype of {kind}")
+        if kind in dtypes:
+            raise MlcError(f"features: got {kind!r} more than once; name each kind once")
+        dtypes[kind] = dtype or default
+    return {kind: dtypes[kind] for kind in DEFAULT_DTYPES if kind in dtypes}
 
 
 def require_same_key(where: object, stored: Mapping[str, Any], asked: FeatureKey) -> None:

@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc.configs.errors import MlcError
+from mlc.configs.errors import MlcError, choose
 from mlc.store import schema
+from mlc.store.checksums import row_crc32c
+from mlc.store.features import FeatureArray, open_features
+from mlc.store.problems import BROKEN
 
 
 class FeatureStore:
@@ -21,6 +24,8 @@ class FeatureStore:
         file: (N,) text.
         status: (N,) uint8 of ``schema.PENDING``, ``OK``, ``BAD``.
         layers: names of the layers.
+        arrays: dtype of each feature array, by name.
+        grids: (H, W) of the tokens, by layer.
     """
 
     def __init__(self, path: Path, *, unfinished: bool = False) -> None:
@@ -34,9 +39,18 @@ class FeatureStore:
             MlcError: there is no store, it is damaged, unfinished or of another version.
         """
         self.path = path
+        self._sound = False  # not looked at yet
         self._backend = schema.format_of(path).open(path)
         try:
             self._read(unfinished)
+        except BROKEN as error:
+            self._backend.close()
+            if isinstance(error, MlcError):
+                raise
+            raise MlcError(
+                f"{path}: damaged ({type(error).__name__}: {error}); "
+                "see what with mlc store verify, mend it with mlc store repair"
+            ) from None
         except BaseException:
             self._backend.close()
             raise
@@ -49,51 +63,106 @@ class FeatureStore:
         self.key: dict[str, Any] = attributes["key"]
         self.made_by: dict[str, Any] = attributes["made_by"]
         self.batch_size: int = attributes["batch_size"]
-        self.image_id: NDArray[np.str_] = self._backend.read(schema.IMAGE_ID)
-        self.file: NDArray[np.str_] = self._backend.read(schema.FILE)
-        self.status: NDArray[np.uint8] = self._backend.read(schema.STATUS)
+        self.shard_rows: int = attributes["shard_rows"]
+        self.grids: dict[str, list[int]] = attributes["grids"]
+        self._rows: int = attributes["rows"]
+        self.image_id: NDArray[np.str_] = self._rows_of(schema.IMAGE_ID)
+        self.file: NDArray[np.str_] = self._rows_of(schema.FILE)
+        self.status: NDArray[np.uint8] = self._rows_of(schema.STATUS)
         self.layers: tuple[str, ...] = tuple(self.key["layers"])
+        self.arrays: dict[str, np.dtype[Any]] = schema.feature_arrays(self._backend)
         if self.complete:
             self._require_whole()
         elif not unfinished:
             done = int((self.status != schema.PENDING).sum())
             raise MlcError(
-                f"{path}: unfinished, {done} of {len(self.status)} images are extracted; "
-                "run the same command again, it goes on where it stopped"
+                f"{path}: unfinished, {done:,} of {len(self.status):,} images are extracted; run "
+                "the same command again, it goes on where it stopped (mlc store finish, after "
+                "several workers)"
             )
 
     def _require_whole(self) -> None:
-        names = (schema.IMAGE_ID, schema.FILE, schema.CONTENT_HASH, schema.ERROR, schema.STATUS)
-        for name in (*names, *map(schema.pooled, self.layers)):
-            lost = self._backend.lost_chunks(name)
+        rows = dict.fromkeys((*schema.ROW_ARRAYS, *self.arrays), self._rows)
+        int8 = [schema.scale(array) for array, dtype in self.arrays.items() if dtype == np.int8]
+        for name, count in (rows | dict.fromkeys(int8, 1)).items():
+            lost = self._backend.lost_chunks(name, count)
             if lost:
                 raise MlcError(
-                    f"{self.path}: damaged, {lost} chunks of {name} are lost; extract it again to "
-                    "another --out"
+                    f"{self.path}: damaged, {len(lost)} chunks of {name} are lost ({lost[0]}); "
+                    "mend it with mlc store repair"
                 )
 
-    def pooled(self, layer: str | None = None, view: str | None = None) -> NDArray[np.float32]:
+    def _require_sound_rows(self) -> None:
+        """Raise an MlcError if what is small of an extracted row is not as it was written."""
+        names = [name(array) for array in self.arrays for name in (schema.crc, schema.clipped)]
+        values = {name: self._rows_of(name) for name in (*schema.ROW_ARRAYS, *names)}
+        bad = row_crc32c(values, list(self.arrays)) != values[schema.ROW_CRC32C]
+        if not self.complete:
+            bad &= self.status != schema.PENDING
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise MlcError(
+                f"{self.path}: damaged, what is known of {int(bad.sum()):,} images is not as it "
+                f"was written, the first is row {row} ({self.image_id[row]}); see all with "
+                "mlc store verify, mend it with mlc store repair"
+            )
+
+    def _rows_of(self, name: str) -> NDArray[Any]:
+        return self._backend.read(name, 0, self._rows)
+
+    def features(
+        self, layer: str | None = None, kind: str = schema.POOLED, *, check: bool = True
+    ) -> FeatureArray:
+        """Return a feature array, to be read by rows.
+
+        Args:
+            layer: by default the first.
+            kind: "pooled", "tokens" or "prefix".
+            check: compare what is known of the images with its checksums.
+
+        Raises:
+            MlcError: the store does not have it, or is damaged.
+        """
+        if check and not self._sound:
+            self._require_sound_rows()
+            self._sound = True
+        choose(dict.fromkeys(self.layers), layer or self.layers[0], f"layer of {self.path}")
+        name = schema.feature(layer or self.layers[0], kind)
+        if name not in self.arrays:
+            raise MlcError(
+                f"{self.path}: has no {name}, it has {', '.join(self.arrays)}; run mlc extract "
+                f"with --features {kind}"
+            )
+        return open_features(self._backend, name, self.image_id)
+
+    def pooled(
+        self, layer: str | None = None, view: str | None = None, *, check: bool = True
+    ) -> NDArray[np.float32]:
         """Return (N, D) float32, zeros for bad images.
 
         Args:
             layer: by default the first.
             view: by default the first.
-        """
-        name = schema.pooled(layer or self.layers[0])
-        values = self._backend.read(name)[:, self.key["views"].index(view) if view else 0]
-        return np.ascontiguousarray(values, dtype=np.float32)
+            check: compare with the checksums.
 
-    def shape(self, layer: str) -> tuple[int, ...]:
-        """Return the (N, V, D) of a layer's pooled features."""
-        return self._backend.shape(schema.pooled(layer))
+        Raises:
+            MlcError: the store does not have it, or it is damaged.
+        """
+        views = list(self.key["views"])
+        index = views.index(view) if view else 0
+        return self.features(layer, check=check).read_all(index, check=check)
+
+    def clipped(self, array: str) -> NDArray[np.uint32]:
+        """Return (N, V): how many numbers of each unit the dtype of a feature array cannot hold."""
+        return self._rows_of(schema.clipped(array))
 
     def content_hash(self) -> NDArray[np.str_]:
         """Return (N,) text: BLAKE2b of each image file."""
-        return self._backend.read(schema.CONTENT_HASH)
+        return self._rows_of(schema.CONTENT_HASH)
 
     def errors(self) -> dict[str, str]:
         """Return why each bad image is bad, by file."""
-        return schema.read_errors(self._backend)
+        return schema.read_errors(self._backend, self._rows)
 
     def close(self) -> None:
         """Close the file."""

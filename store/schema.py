@@ -1,44 +1,100 @@
 """What a store holds: names of arrays and attributes, the same in every format.
 
-Root attributes: ``schema_version``, ``key`` (FeatureKey), ``complete``, ``shard_rows``,
-``batch_size``, ``made_by`` (versions, command, weights and their licence: recorded, not compared).
+Root attributes: ``schema_version``, ``key`` (FeatureKey), ``complete``, ``rows`` (N; an array that
+was being lengthened when a process was killed may be longer), ``shard_rows``, ``batch_size``,
+``grids`` ((H, W) of the tokens, by layer), ``scale_crc32c`` (by int8 array), ``made_by`` (versions,
+command, weights and their licence: recorded, not compared), ``attributes_crc32c``.
 
-Arrays, a row for each image: the names below, and for each layer ``<layer>/pooled`` (N, V, D).
-A bad image keeps its row, zeros in the features, and its reason in ``error``.
+Arrays, a row for each image: the names below, and for each layer the feature arrays that the key
+asks for, with V views: ``<layer>/pooled`` (N, V, D), ``<layer>/tokens`` (N, V, T, C), and
+``<layer>/prefix`` (N, V, P, C), the class token and registers of models that have them. Each has
+
+- ``<array>_crc32c`` (N, V) uint32 of the bytes as stored,
+- ``<array>_clipped`` (N, V) uint32, how many numbers its dtype could not hold,
+- ``<array>_scale`` (C,) float32 if it is int8: a number is the stored one times its channel's.
+
+``row_crc32c`` covers everything else that is stored of a row, and those checksums. A bad image
+keeps its row, zeros in the features, and its reason in ``error``.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from mlc.configs.errors import MlcError, choose
 from mlc.store.backend import Backend
 from mlc.store.hdf5 import Hdf5Backend
+from mlc.store.key import feature_dtypes
 from mlc.store.zarr_v3 import ZarrBackend
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 IMAGE_ID = "image_id"
 FILE = "file"
 CONTENT_HASH = "content_hash"
 STATUS = "status"
 ERROR = "error"
+ROW_CRC32C = "row_crc32c"
+# Attributes that never change, under the checksum ``attributes_crc32c``.
+FIXED = ("key", "shard_rows", "batch_size", "grids", "scale_crc32c", "made_by")
+ROW_ARRAYS = (IMAGE_ID, FILE, CONTENT_HASH, STATUS, ERROR, ROW_CRC32C)
 
 PENDING, OK, BAD = 0, 1, 2  # values of STATUS
 STATUS_DTYPE = np.dtype(np.uint8)
+COUNT_DTYPE = np.dtype(np.uint32)  # of checksums and of clipped numbers
+SCALE_DTYPE = np.dtype(np.float32)
 
 HASH_CHARS = 32  # BLAKE2b of 16 bytes, in hexadecimal
 ERROR_BYTES = 200
+
+POOLED, TOKENS, PREFIX = "pooled", "tokens", "prefix"  # kinds of feature arrays
 
 FORMATS: dict[str, type[Backend]] = {"hdf5": Hdf5Backend, "zarr": ZarrBackend}
 SUFFIXES = {backend.suffix: name for name, backend in FORMATS.items()}
 
 
-def pooled(layer: str) -> str:
-    """Return the name of a layer's pooled features."""
-    return f"{layer}/pooled"
+def feature(layer: str, kind: str) -> str:
+    """Return the name of a layer's feature array."""
+    return f"{layer}/{kind}"
+
+
+def crc(array: str) -> str:
+    """Return the name of a feature array's checksums."""
+    return f"{array}_crc32c"
+
+
+def clipped(array: str) -> str:
+    """Return the name of the counts of numbers that a feature array's dtype could not hold."""
+    return f"{array}_clipped"
+
+
+def scale(array: str) -> str:
+    """Return the name of a feature array's scales."""
+    return f"{array}_scale"
+
+
+def array_dtypes(key: Mapping[str, Any]) -> dict[str, str]:
+    """Return the dtype of each kind of feature array, of a key as JSON: prefix is as tokens."""
+    dtypes = feature_dtypes(key["features"])
+    if TOKENS in dtypes:
+        dtypes[PREFIX] = dtypes[TOKENS]
+    return dtypes
+
+
+def feature_arrays(backend: Backend) -> dict[str, np.dtype[Any]]:
+    """Return the feature arrays of a store with their dtypes, layer by layer."""
+    key, names = backend.attributes()["key"], backend.names()
+    return {
+        feature(layer, kind): np.dtype(dtype)
+        for layer in key["layers"]
+        for kind, dtype in array_dtypes(key).items()
+        # Not every layer has prefix tokens; of the others none may be missing.
+        if kind != PREFIX or feature(layer, kind) in names
+    }
 
 
 def format_of(path: Path) -> type[Backend]:
@@ -53,16 +109,29 @@ def format_of(path: Path) -> type[Backend]:
 
 
 def require_version(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Raise an MlcError if attributes are not those of a store of this version."""
+    """Raise an MlcError if attributes are not those of a whole store of this version."""
     version = attributes.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise MlcError(
-            f"{path}: expected a feature store of version {SCHEMA_VERSION}, "
-            f"got version {version}; extract it again"
-        )
+    if version == SCHEMA_VERSION:
+        if attributes.get("attributes_crc32c") != attributes_crc32c(attributes):
+            raise MlcError(
+                f"{path}: damaged, its attributes are not as they were written; extract the images "
+                "again to another --out"
+            )
+        return
+    newer = isinstance(version, int) and version > SCHEMA_VERSION
+    raise MlcError(
+        f"{path}: expected a feature store of version {SCHEMA_VERSION}, got version {version}; "
+        + ("update mlc" if newer else "extract it again")
+    )
 
 
-def read_errors(backend: Backend) -> dict[str, str]:
+def attributes_crc32c(attributes: Mapping[str, Any]) -> int:
+    """Return a checksum of the attributes that never change."""
+    text = json.dumps([attributes.get(name) for name in FIXED], sort_keys=True)
+    return int(google_crc32c.value(text.encode()))
+
+
+def read_errors(backend: Backend, rows: int) -> dict[str, str]:
     """Return why each bad image is bad, by file."""
-    file, error = backend.read(FILE), backend.read(ERROR)
+    file, error = backend.read(FILE, 0, rows), backend.read(ERROR, 0, rows)
     return {str(file[row]): str(error[row]) for row in np.flatnonzero(error != "")}

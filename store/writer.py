@@ -1,68 +1,91 @@
 """StoreWriter: fills a store shard by shard, so that a killed process loses one shard at most."""
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from mlc.configs.device import one_thread
 from mlc.configs.errors import MlcError
 from mlc.store import schema
 from mlc.store.backend import Backend
-from mlc.store.key import FeatureKey, require_same_key
+from mlc.store.full_disk import is_full
+from mlc.store.layout import Layout, open_for_writing
+from mlc.store.quantize import encode
+from mlc.store.shard import ShardWriter
 
-
-@dataclass(frozen=True)
-class Layout:
-    """What a store is laid out for, fixed when it is created.
-
-    Attributes:
-        key: what makes the features of an image.
-        image_id: (N,) text, the rows.
-        file: (N,) text, where each image was found, relative to the data set's root.
-        widths: numbers an image, by layer: D of ``<layer>/pooled`` (N, V, D).
-        batch_size: of the forward pass; kept on resuming, as it can change the last bits.
-        shard_rows: rows that are written and marked done together.
-        made_by: what is recorded and not compared.
-    """
-
-    key: FeatureKey
-    image_id: NDArray[np.str_]
-    file: NDArray[np.str_]
-    widths: Mapping[str, int]
-    batch_size: int
-    shard_rows: int
-    made_by: Mapping[str, Any]
+WRITES_AHEAD = 4  # batches that wait to be written, which bounds memory
 
 
 class StoreWriter:
-    """An unfinished or finished store, open for writing; hold its ``writer_lock``."""
+    """A store that is open for writing; hold its ``writer_lock``.
+
+    Features are checksummed and written by a thread while the next are made; when it falls behind,
+    ``write`` waits.
+
+    Attributes:
+        path: where the store is.
+        batch_size: of the forward pass.
+        made_by: what was recorded when the store was made.
+        key: the fields of its FeatureKey.
+        image_id: (N,) text.
+        file: (N,) text, relative to the root of the data set.
+        status: (N,) uint8, of what is marked.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         attributes = backend.attributes()
+        self.path: Path = backend.path
         self.batch_size: int = attributes["batch_size"]
-        self._shard_rows: int = attributes["shard_rows"]
-        self._dtype = np.dtype(attributes["key"]["dtype"])
         self.made_by: dict[str, Any] = attributes["made_by"]
-        self.status: NDArray[np.uint8] = backend.read(schema.STATUS)
+        self._rows: int = attributes["rows"]
+        self._shard_rows: int = attributes["shard_rows"]
+        self.key: dict[str, Any] = attributes["key"]
+        self.image_id: NDArray[np.str_] = backend.read(schema.IMAGE_ID, 0, self._rows)
+        self.file: NDArray[np.str_] = backend.read(schema.FILE, 0, self._rows)
+        self.status: NDArray[np.uint8] = backend.read(schema.STATUS, 0, self._rows)
+        self._dtypes = schema.feature_arrays(backend)
+        self._scales = {
+            array: torch.from_numpy(backend.read(schema.scale(array)))
+            for array, dtype in self._dtypes.items()
+            if dtype == np.int8
+        }
+        self._shard = ShardWriter(backend)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._room = BoundedSemaphore(WRITES_AHEAD)
+        self._failure: BaseException | None = None
 
     @classmethod
-    def create_or_resume(cls, path: Path, layout: Layout) -> "StoreWriter":
-        """Open the store at a path, or lay it out there.
+    def create_or_resume(cls, path: Path, layout: Layout, *, alone: bool = True) -> "StoreWriter":
+        """Open the store at a path, or lay it out there; images that it lacks are new rows.
 
         Raises:
-            MlcError: a store is there that was made with other settings or for other images.
+            MlcError: a store is there that was made with other settings, or images are to be added
+                while others may be writing (``alone`` is False).
         """
-        if not path.exists():
-            _create(path, layout)
-        backend = schema.format_of(path).open(path, write=True)
+        return cls._of(open_for_writing(path, layout, alone=alone))
+
+    @classmethod
+    def open(cls, path: Path) -> "StoreWriter":
+        """Open the store at a path as it is.
+
+        Raises:
+            MlcError: there is none, or it is damaged or of another version.
+        """
+        return cls._of(schema.format_of(path).open(path, write=True))
+
+    @classmethod
+    def _of(cls, backend: Backend) -> "StoreWriter":
         try:
-            _check(backend, layout)
+            schema.require_version(backend.path, backend.attributes())
             return cls(backend)
         except BaseException:
             backend.close()
@@ -70,17 +93,75 @@ class StoreWriter:
 
     def shards(self) -> list[range]:
         """Return the rows of all shards, in order."""
-        rows = len(self.status)
-        starts = range(0, rows, self._shard_rows)
-        return [range(start, min(start + self._shard_rows, rows)) for start in starts]
+        starts = range(0, self._rows, self._shard_rows)
+        return [range(start, min(start + self._shard_rows, self._rows)) for start in starts]
 
     def content_hash(self) -> NDArray[np.str_]:
         """Return (N,) text: the hash of each image file, empty where it was not read."""
-        return self._backend.read(schema.CONTENT_HASH)
+        return self._backend.read(schema.CONTENT_HASH, 0, self._rows)
+
+    def refresh(self, shard: range) -> None:
+        """Read again what is done of a shard: another worker may have written to it."""
+        self.status[shard.start : shard.stop] = self._backend.read(
+            schema.STATUS, shard.start, shard.stop
+        )
+
+    def clipped(self) -> dict[str, NDArray[np.uint32]]:
+        """Return how many numbers of each image (N, V) its dtype could not hold, by array."""
+        return {
+            array: self._backend.read(schema.clipped(array), 0, self._rows)
+            for array in self._dtypes
+        }
 
     def errors(self) -> dict[str, str]:
         """Return why each bad image is bad, by file."""
-        return schema.read_errors(self._backend)
+        return schema.read_errors(self._backend, self._rows)
+
+    def write(self, rows: range | NDArray[np.intp], features: Mapping[str, Tensor]) -> None:
+        """Write the features of rows of one shard, but not of those that are good already.
+
+        Args:
+            rows: n of one shard.
+            features: (n, V, ...) float32, finite, on any device, of every feature array.
+
+        Raises:
+            MlcError: an earlier write failed: the disk is full.
+        """
+        new = np.asarray(rows, np.intp)
+        encoded = {array: self._encode(array, values) for array, values in features.items()}
+        keep = self.status[new] == schema.OK
+        if keep.any():
+            new = new[~keep]
+            encoded = {
+                array: (values[~keep], clipped[~keep])
+                for array, (values, clipped) in encoded.items()
+            }
+        if len(new):
+            self._submit(self._shard.write, new, encoded)
+
+    def copy(self, source: int, row: int) -> None:
+        """Give a row the features of another that was written before: of the same photo."""
+        self._submit(self._shard.copy, source, row)
+
+    def mark(
+        self,
+        shard: range,
+        content_hash: NDArray[np.str_],
+        error: NDArray[np.str_],
+        done: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Mark a shard done as soon as everything that was written to it is on the disk.
+
+        Args:
+            shard: one of ``shards()``.
+            content_hash: (n,) text; rows that are good already keep theirs.
+            error: (n,) text, empty where the image is good.
+            done: (n,) bool, the rows that this is about; by default all.
+        """
+        new = self.status[shard.start : shard.stop] != schema.OK
+        if done is not None:
+            new &= done
+        self._submit(self._mark, shard, content_hash, _clip_text(error), new)
 
     def write_shard(
         self,
@@ -89,30 +170,45 @@ class StoreWriter:
         content_hash: NDArray[np.str_],
         error: NDArray[np.str_],
     ) -> None:
-        """Write one whole shard, then mark it done; rows that are good already stay as they are.
+        """Write one whole shard, mark it done, and wait until it is.
 
         Args:
             shard: one of ``shards()``.
-            features: (n, V, D) for each layer; rows of bad images are zeroed here.
+            features: (n, V, ...) of each feature array; rows of bad images are zeroed here.
             content_hash: (n,) text.
             error: (n,) text, empty where the image is good.
 
         Raises:
-            MlcError: a feature does not fit the store's dtype.
+            MlcError: a feature is not a finite number, or the disk is full.
         """
-        bad = (error != "")[:, None, None]
-        new = {schema.CONTENT_HASH: content_hash, schema.ERROR: _clip_text(error)}
-        for layer, values in features.items():
-            new[schema.pooled(layer)] = self._cast(layer, np.where(bad, np.float32(0), values))
-        kept = {name: self._keep_good(name, shard, values) for name, values in new.items()}
-        for name, values in kept.items():
-            self._backend.write(name, shard.start, values)
+        clean = {}
+        for array, values in features.items():
+            bad = (error != "").reshape(-1, *[1] * (values.ndim - 1))
+            clean[array] = torch.from_numpy(np.where(bad, np.float32(0), values))
+            if not clean[array].isfinite().all():
+                raise MlcError(f"{self.path}: {array} has features that are not numbers")
+        self.write(shard, clean)
+        self.mark(shard, content_hash, error)
+        self.drain()
+
+    def drain(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            MlcError: a write failed: the disk is full.
+        """
+        self._thread.submit(lambda: None).result()
+        self._raise_failure()
+
+    def set_pending(self, rows: NDArray[np.intp]) -> None:
+        """Have rows written again: from now on they are pending, and the store is unfinished."""
+        self._backend.set_attribute("complete", False)
+        self.status[rows] = schema.PENDING
+        for shard in self.shards():
+            if np.isin(rows, np.asarray(shard)).any():
+                part = self.status[shard.start : shard.stop]
+                self._backend.write(schema.STATUS, shard.start, part)
         self._backend.flush()
-        status = np.where(kept[schema.ERROR] == "", schema.OK, schema.BAD)
-        status = status.astype(schema.STATUS_DTYPE)
-        self._backend.write(schema.STATUS, shard.start, status)
-        self._backend.flush()
-        self.status[shard.start : shard.stop] = status
 
     def finish(self) -> None:
         """Mark the store complete.
@@ -120,93 +216,88 @@ class StoreWriter:
         Raises:
             MlcError: rows are still pending.
         """
+        self.drain()
         pending = int((self.status == schema.PENDING).sum())
         if pending:
-            raise MlcError(f"{self._backend.path}: {pending} images are still to be extracted")
+            raise MlcError(
+                f"{self.path}: {pending:,} of {self._rows:,} images are still to be extracted; "
+                "run the command again that lists them"
+            )
         self._backend.set_attribute("complete", True)
 
     @contextmanager
-    def filling(self) -> Iterator[None]:
+    def filling(self, *, finish: bool = True) -> Iterator[None]:
         """Finish the store after a block that fills it, and close it whatever happens there.
 
+        Args:
+            finish: else it is left unfinished, as other workers fill it too.
+
         Raises:
-            MlcError: rows are still pending.
+            MlcError: rows are still pending, or a write failed.
             KeyboardInterrupt: with a message that says what is kept.
         """
         try:
             yield
-            self.finish()
+            self.drain()
+            if finish:
+                self.finish()
         except KeyboardInterrupt:
+            self._thread.shutdown()  # what waits is written: a shard may be done by it
             done = int((self.status != schema.PENDING).sum())
             raise KeyboardInterrupt(
-                f"{self._backend.path}: stopped, {done:,} of {len(self.status):,} images are kept; "
+                f"{self.path}: stopped, {done:,} of {self._rows:,} images are kept; "
                 "the same command goes on from there"
             ) from None
         finally:
             self.close()
 
     def close(self) -> None:
-        """Flush and close."""
+        """Write what waits, and close; what is not marked is written again by the next writer."""
+        self._thread.shutdown()
         self._backend.close()
 
-    def _keep_good(self, name: str, shard: range, values: NDArray[Any]) -> NDArray[Any]:
-        """Return new values, but those that the store has where a row is good already."""
-        good = self.status[shard.start : shard.stop] == schema.OK
-        if not good.any():
-            return values
-        stored = self._backend.read(name, shard.start, shard.stop)
-        return np.where(good.reshape(-1, *[1] * (values.ndim - 1)), stored, values)
+    def _encode(self, array: str, values: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+        scale = self._scales.get(array)
+        scale = None if scale is None else scale.to(values.device)
+        with one_thread():  # two would wait for each other beside the thread that writes
+            stored, clipped = encode(values, self._dtypes[array].name, scale)
+        return stored.cpu().numpy(), clipped.cpu().numpy()
 
-    def _cast(self, layer: str, values: NDArray[np.float32]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):
-            stored = values.astype(self._dtype)
-        if not np.isfinite(values).all():
-            raise MlcError(f"{self._backend.path}: {layer} has features that are not numbers")
-        if not np.isfinite(stored).all():
+    def _mark(
+        self,
+        shard: range,
+        content_hash: NDArray[np.str_],
+        error: NDArray[np.str_],
+        done: NDArray[np.bool_],
+    ) -> None:
+        status = self._shard.mark(shard, content_hash, error, done)
+        self.status[shard.start : shard.stop] = status
+
+    def _submit(self, job: Callable[..., None], *args: Any) -> None:
+        self._raise_failure()
+        self._room.acquire()
+        self._thread.submit(self._run, job, *args)
+
+    def _run(self, job: Callable[..., None], *args: Any) -> None:
+        """Do a job in the thread; after a failure nothing more is done."""
+        try:
+            if self._failure is None:
+                job(*args)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._room.release()
+
+    def _raise_failure(self) -> None:
+        error = self._failure
+        if is_full(error):
+            done = int((self.status != schema.PENDING).sum())
             raise MlcError(
-                f"{self._backend.path}: {layer} has features that {self._dtype} cannot hold, "
-                f"the largest is {np.abs(values).max():.3g}; store float32"
-            )
-        return stored
-
-
-def _create(path: Path, layout: Layout) -> None:
-    """Lay a store out aside and rename it, so that a path holds a whole layout or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    backend = schema.format_of(path).create(partial)
-    rows, chunk = len(layout.image_id), layout.shard_rows
-    backend.set_attribute("schema_version", schema.SCHEMA_VERSION)
-    backend.set_attribute("complete", False)
-    backend.set_attribute("key", layout.key.to_json())
-    backend.set_attribute("shard_rows", layout.shard_rows)
-    backend.set_attribute("batch_size", layout.batch_size)
-    backend.set_attribute("made_by", dict(layout.made_by))
-    for name, text in ((schema.IMAGE_ID, layout.image_id), (schema.FILE, layout.file)):
-        # One chunk: a COCO of 122,218 rows is a few MB, and text is read whole.
-        backend.create_text(name, rows, max(len(each.encode()) for each in text.tolist()), rows)
-        backend.write(name, 0, text)
-    backend.create_text(schema.CONTENT_HASH, rows, schema.HASH_CHARS, chunk)
-    backend.create_text(schema.ERROR, rows, schema.ERROR_BYTES, chunk)
-    backend.create_array(schema.STATUS, (rows,), schema.STATUS_DTYPE, chunk)
-    for layer, width in layout.widths.items():
-        shape = (rows, len(layout.key.views), width)
-        backend.create_array(schema.pooled(layer), shape, np.dtype(layout.key.dtype), chunk)
-    backend.close()
-    partial.rename(path)
-
-
-def _check(backend: Backend, layout: Layout) -> None:
-    attributes = backend.attributes()
-    schema.require_version(backend.path, attributes)
-    require_same_key(backend.path, attributes["key"], layout.key)
-    stored = backend.read(schema.IMAGE_ID)
-    if not np.array_equal(stored, layout.image_id):
-        raise MlcError(
-            f"{backend.path}: holds {len(stored)} other images than the {len(layout.image_id)} "
-            "asked for; name another store with --out"
-        )
+                f"{self.path}: the disk is full, {done:,} of {self._rows:,} images are kept; "
+                "free space, the same command goes on from there"
+            ) from None
+        if error is not None:
+            raise error
 
 
 def _clip_text(text: NDArray[np.str_]) -> NDArray[np.str_]:

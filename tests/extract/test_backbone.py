@@ -17,6 +17,7 @@ from PIL import Image
 from timm.layers import resample_abs_pos_embed
 from torchvision.transforms.functional import normalize, to_tensor
 
+from mlc.configs import load
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import (
     Backbone,
@@ -49,6 +50,12 @@ def pixels(files: list[bytes], size_px: int, interpolation: str = "bilinear") ->
     return np.stack(squares)
 
 
+def pooled(backbone: Backbone, given: NDArray[np.uint8]) -> NDArray[np.float32]:
+    features = backbone.features(given)
+    assert features.keys() == {"pre_logits/pooled"}
+    return features["pre_logits/pooled"].numpy()
+
+
 def straight_line(backbone: Backbone, name: str, data: bytes, size_px: int) -> NDArray[np.float32]:
     """One image through a model that timm builds without a classifier, for this size."""
     size = {"img_size": size_px} if "vit" in name else {}
@@ -67,7 +74,7 @@ def straight_line(backbone: Backbone, name: str, data: bytes, size_px: int) -> N
 @pytest.mark.parametrize(("name", "size_px"), CASES)
 def test_features_of_a_batch_are_those_of_each_image_alone(name: str, size_px: int) -> None:
     backbone, files = tiny(name, size_px=size_px), photos()
-    got = backbone.features(pixels(files, size_px, backbone.key.interpolation))
+    got = pooled(backbone, pixels(files, size_px, backbone.key.interpolation))
     want = np.stack([straight_line(backbone, name, each, size_px) for each in files])
     assert got.shape == (len(files), WIDTHS[name])
     assert got.dtype == np.float32
@@ -99,7 +106,7 @@ def test_the_module_is_frozen() -> None:
 def test_bfloat16_gives_float32_features_near_those_of_float32() -> None:
     given = pixels(photos(3), 64)
     half, full = (tiny(size_px=64, precision=each) for each in ("bfloat16", "float32"))
-    got, want = half.features(given), full.features(given)
+    got, want = pooled(half, given), pooled(full, given)
     assert got.dtype == np.float32
     assert not np.array_equal(got, want)
     np.testing.assert_allclose(got, want, rtol=0, atol=0.03 * np.abs(want).max())
@@ -115,7 +122,7 @@ def test_the_key_says_what_the_model_asks_for() -> None:
     assert key.views == ("orig",)
     assert (key.size_px, key.resize, key.interpolation) == (160, "squash", "bilinear")
     assert (key.mean, key.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert (key.precision, key.dtype, key.decode) == ("float32", "float32", "pillow")
+    assert (key.precision, key.features, key.decode) == ("float32", ("pooled:float32",), "pillow")
     assert key.weights == hash_weights(tiny().module)
 
 
@@ -137,10 +144,48 @@ def test_settings_asked_for_are_in_the_key() -> None:
         interpolation="bicubic",
         precision="bfloat16",
         device="cpu",
+        layers=("layer1", "pre_logits"),
+        features=("tokens:int8", "pooled"),
+        views=("orig", "flip"),
     )
-    key = load_backbone(asked, dtype="float16").key
-    values = (key.size_px, key.interpolation, key.precision, key.dtype)
-    assert values == (48, "bicubic", "bfloat16", "float16")
+    key = load_backbone(asked).key
+    assert (key.size_px, key.interpolation, key.precision) == (48, "bicubic", "bfloat16")
+    assert key.layers == ("layer1", "pre_logits")
+    assert key.features == ("pooled:float32", "tokens:int8")
+    assert key.views == ("orig", "flip")
+
+
+def test_the_same_features_in_another_order_are_the_same_request() -> None:
+    orders = ("tokens,pooled", "pooled,tokens:float16", "tokens:float16, pooled:float32")
+    keys = {tiny(size_px=64, features=each).key for each in orders}
+    assert len(keys) == 1
+
+
+def test_the_order_of_layers_is_kept() -> None:
+    orders = (("layer1", "layer2"), ("layer2", "layer1"))
+    assert [tiny(size_px=64, layers=each).key.layers for each in orders] == list(orders)
+
+
+@pytest.mark.parametrize("text", ["layer1,pre_logits", " layer1 , pre_logits,"])
+def test_lists_may_be_a_text_with_commas(text: str) -> None:
+    overrides = ["features=tokens,pooled:float16", "views=orig,flip"]
+    asked = load(BackboneConfig, "extract", None, [*overrides, f"layers={text}"])
+    assert asked.layers == ("layer1", "pre_logits")
+    assert asked.features == ("tokens", "pooled:float16")
+    assert asked.views == ("orig", "flip")
+
+
+def test_arrays_and_grids_are_those_of_what_is_asked_for() -> None:
+    assert tiny().arrays == {"pre_logits/pooled": (96,)}
+    assert tiny().grids == {}
+    both = tiny("test_vit", features="pooled,tokens", layers="pre_logits,blocks.1")
+    assert dict(both.arrays) == {
+        f"{layer}/{kind}": shape
+        for layer in ("pre_logits", "blocks.1")
+        for kind, shape in (("pooled", (64,)), ("tokens", (100, 64)), ("prefix", (1, 64)))
+    }
+    assert dict(both.grids) == {"pre_logits": (10, 10), "blocks.1": (10, 10)}
+    assert tiny(size_px=96, features="tokens").arrays == {"pre_logits/tokens": (9, 96)}
 
 
 def saved_model(path: Path, *, classifier: float = 0.0) -> timm.models.ResNet:
@@ -159,7 +204,7 @@ def test_a_weights_file_is_what_runs(tmp_path: Path) -> None:
     image = normalize(to_tensor(Image.fromarray(pictures.squashed(data, 64))), [0.5] * 3, [0.5] * 3)
     with torch.inference_mode():
         want = model(image[None]).numpy()
-    np.testing.assert_allclose(backbone.features(pixels([data], 64)), want, **CLOSE)
+    np.testing.assert_allclose(pooled(backbone, pixels([data], 64)), want, **CLOSE)
     assert backbone.name == "test_resnet with mine.pth"
     assert backbone.licence == "unknown, see where mine.pth is from"
     assert backbone.key.weights != tiny().key.weights
@@ -241,6 +286,13 @@ def test_an_unknown_tag_gives_the_nearest(asked: str, expected: str) -> None:
         ),
         ({"device": "warp"}, r"device: 'warp' is not to be had here"),
         ({"device": "cuda:99"}, r"device: 'cuda:99' is not to be had here"),
+        ({"layers": ("blocks.O",)}, r"unknown layer 'blocks\.O'; did you mean 'blocks\.\d'"),
+        ({"layers": ("",)}, r"unknown layer ''"),
+        ({"layers": ("norm", "norm")}, r"layers: got 'norm' more than once"),
+        ({"features": ("token",)}, r"unknown kind of features 'token'; did you mean 'tokens'"),
+        ({"features": ()}, r"features: got none; choose from pooled, tokens"),
+        ({"views": ("flop",)}, r"unknown view 'flop'; did you mean 'flip'"),
+        ({"views": ("flip", "orig")}, r"views: orig comes first, got flip,orig; ask for orig,flip"),
         ({"weights": Path("a.pth")}, r"weights: got both a file and --random-weights"),
         ({"weights": Path("gone.pth"), "random_weights": False}, r"gone\.pth: No such file"),
     ],
@@ -254,6 +306,7 @@ def test_what_cannot_be_had_is_one_sentence(settings: dict[str, Any], expected: 
 
 
 OFFLINE = """
+from mlc.configs import load
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import BackboneConfig, load_backbone
 for name in ("test_resnet", "hf-hub:timm/test_resnet.r160_in1k"):

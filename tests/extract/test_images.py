@@ -11,7 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from mlc.extract.images import INTERPOLATIONS, LoadedImage, decode_image, load_image
+from mlc.extract.images import (
+    INTERPOLATIONS,
+    LoadedImage,
+    decode_image,
+    decode_views,
+    hash_content,
+    load_image,
+)
 
 S = 24
 EXIF_ORIENTATION = 0x0112
@@ -226,8 +233,8 @@ def test_an_animation_gives_its_first_frame(file_format: str) -> None:
 
 def loaded(path: Path) -> tuple[LoadedImage, NDArray[np.uint8]]:
     """What comes of a file, and the pixels, 7 everywhere before."""
-    pixels = np.full((S, S, 3), 7, dtype=np.uint8)
-    return load_image(path, "bilinear", pixels), pixels
+    pixels = np.full((1, S, S, 3), 7, dtype=np.uint8)
+    return load_image(path, "bilinear", ("orig",), pixels), pixels[0]
 
 
 def test_a_good_file_gives_its_pixels_hash_and_times(tmp_path: Path) -> None:
@@ -235,6 +242,7 @@ def test_a_good_file_gives_its_pixels_hash_and_times(tmp_path: Path) -> None:
     path.write_bytes(PLAIN["jpeg"])
     image, pixels = loaded(path)
     assert image.error == ""
+    assert image.decoded
     assert image.content_hash == hashlib.blake2b(PLAIN["jpeg"], digest_size=16).hexdigest()
     assert image.read_seconds > 0
     assert image.decode_seconds > 0
@@ -269,6 +277,7 @@ def test_a_broken_file_says_why_keeps_its_hash_and_leaves_the_pixels(
     assert image.error.startswith(reason)
     assert len(image.error) > len("broken image: ")
     assert "\n" not in image.error
+    assert not image.decoded
     assert image.content_hash == hashlib.blake2b(data, digest_size=16).hexdigest()
     assert (pixels == 7).all()
 
@@ -281,5 +290,31 @@ def test_a_file_that_cannot_be_read_says_why_and_has_no_hash(
 ) -> None:
     image, pixels = loaded(tmp_path / name)
     assert image.error == reason
+    assert not image.decoded
     assert image.content_hash == ""
+    assert (pixels == 7).all()
+
+
+def test_all_views_of_a_file_are_filled_in(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(PLAIN["jpeg"])
+    views = ("center", "orig", "flip")
+    pixels = np.zeros((len(views), S, S, 3), dtype=np.uint8)
+    assert load_image(path, "bicubic", views, pixels).decoded
+    want = decode_views(PLAIN["jpeg"], size_px=S, interpolation="bicubic", views=views)
+    np.testing.assert_array_equal(pixels, np.stack(list(want)))
+    np.testing.assert_array_equal(pixels[1], pictures.squashed(PLAIN["jpeg"], S, "bicubic"))
+
+
+def test_a_known_photo_is_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(PLAIN["jpeg"])
+    pixels = np.full((1, S, S, 3), 7, dtype=np.uint8)
+    asked: list[str] = []
+    image = load_image(
+        path, "bilinear", ("orig",), pixels, lambda content: not asked.append(content)
+    )
+    assert asked == [image.content_hash] == [hash_content(PLAIN["jpeg"])]
+    assert (image.error, image.decoded, image.decode_seconds) == ("", False, 0.0)
+    assert image.read_seconds > 0
     assert (pixels == 7).all()

@@ -91,7 +91,7 @@ def test_the_store_equals_the_files_bit_for_bit(root: Path, tmp_path: Path, suff
     values = features_of(root)
     with FeatureStore(done.path) as store:
         assert store.pooled().tobytes() == values["train"].tobytes() + values["val"].tobytes()
-        assert store.shape("features") == (22, 1, WIDTH)
+        assert store.features().shape == (22, 1, WIDTH)
         np.testing.assert_array_equal(store.image_id, table.image_id)
         np.testing.assert_array_equal(store.file, table.file)
         assert (store.status == schema.OK).all()
@@ -139,7 +139,7 @@ def test_the_key_says_what_is_known_and_no_more(root: Path, tmp_path: Path) -> N
         "std": [],
         "precision": "unknown",
         "views": ["unknown"],
-        "dtype": "float32",
+        "features": ["pooled:float32"],
     }
     made_by = features.made_by
     assert made_by["sha256"] == sha256
@@ -165,7 +165,7 @@ def test_float16_is_kept_and_float64_rounded(
     for (part, rows), dtype in zip(ROWS.items(), dtypes, strict=True):
         write_features(root, part, generator.standard_normal((rows, WIDTH)).astype(dtype))
     with FeatureStore(import_features(config(root, tmp_path / "store.h5")).path) as store:
-        assert store.key["dtype"] == stored
+        assert store.key["features"] == [f"pooled:{stored}"]
         values = features_of(root)
         want = [each.astype(np.float32) for each in values.values()]
         np.testing.assert_array_equal(store.pooled(), np.concatenate(want))

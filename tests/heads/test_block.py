@@ -1,5 +1,7 @@
 """A block of linear heads: the authors' trajectory, the plain path, and each head as if alone."""
 
+from dataclasses import replace
+
 import golden
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 from plain import PlainTraining
 
 from mlc.configs.device import one_thread
-from mlc.heads.block import LinearBlock, Start
+from mlc.heads.block import RECORDED, LinearBlock, Start
 from mlc.heads.inputs import Split
 from mlc.heads.losses import LOSSES
 from mlc.heads.train import batches_of_epoch
@@ -93,6 +95,52 @@ def test_the_fast_path_is_the_plain_one(loss: str) -> None:
         torch.testing.assert_close(block.estimator.logits(0), plain.table.detach(), **close)
 
 
+def with_views(train: Split, views: int = 3) -> Split:
+    """Return a split with views of which the first is that of the split."""
+    noise = torch.randn(views, *train.features.shape, generator=torch.Generator().manual_seed(7))
+    noise[0] = 0
+    return replace(train, views=train.features + noise)
+
+
+@pytest.mark.parametrize("loss", ["bce", "role"])
+def test_a_step_sees_each_image_in_its_view_and_estimates_by_image(loss: str) -> None:
+    """Against the plain path, whose features are those of the step's views."""
+    train = with_views(random_split(loss, images=90, width=20, classes=6))
+    plain = PlainTraining(loss, knobs_of(loss), train, lr=1e-3, seed=3)
+    block = block_of(loss, [Start(1e-3, 0.0, seed=3)], train, 2)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        batches = batches_of_epoch(90, 2, order)
+        assert len(batches) > RECORDED
+        views = torch.randint(3, batches.shape, generator=order)
+        mean, losses = float(block.epoch(batches, views=views)[0]), []
+        for rows, seen in zip(batches, views, strict=True):
+            features = train.features.clone()
+            features[rows] = train.all_views()[seen, rows]
+            plain.train = replace(train, features=features)
+            losses.append(plain.step(rows))
+        assert mean == pytest.approx(np.mean(losses), rel=1e-4)
+    close = {"rtol": 1e-3, "atol": 2e-4}
+    torch.testing.assert_close(block.weight[0], plain.head.weight.detach(), **close)
+    if block.estimator is not None:
+        torch.testing.assert_close(block.estimator.logits(0), plain.table.detach(), **close)
+
+
+@pytest.mark.parametrize("loss", ["bce", "role"])
+def test_steps_see_the_first_view_unless_they_are_told(loss: str) -> None:
+    train = random_split(loss, 30, 20, 6)
+    batches = batches_of_epoch(30, 6, torch.Generator().manual_seed(0)).repeat(4, 1)
+    with one_thread():
+        blocks = [block_of(loss, STARTS, split, 6) for split in (train, *[with_views(train)] * 2)]
+        told = (None, None, torch.zeros_like(batches))
+        losses = [
+            block.epoch(batches, views=views) for block, views in zip(blocks, told, strict=True)
+        ]
+    for block, mean in zip(blocks[1:], losses[1:], strict=True):
+        assert torch.equal(block.parameters, blocks[0].parameters)
+        assert torch.equal(mean, losses[0])
+
+
 def test_weight_decay_is_that_of_adamw_and_spares_the_bias() -> None:
     train = random_split("bce", images=30, width=8, classes=3)
     plain = PlainTraining("bce", {}, train, lr=1e-2)
@@ -114,14 +162,20 @@ def test_weight_decay_is_that_of_adamw_and_spares_the_bias() -> None:
 def require_alone_equals_together(
     loss: str, starts: list[Start], train: Split, batch_size: int, steps: int
 ) -> None:
-    """Train some heads together and each alone: the same bits, of parameters and losses."""
+    """Train some heads together and each alone: the same bits, of parameters and losses.
+
+    In views drawn at random, if the split has them.
+    """
 
     def trained(which: list[Start]) -> tuple[LinearBlock, list[torch.Tensor]]:
         block, order = block_of(loss, which, train, batch_size), torch.Generator().manual_seed(1)
         images, losses, done = len(train.features), [], 0
         while done < steps:
             batches = batches_of_epoch(images, batch_size, order)[: steps - done]
-            losses.append(block.epoch(batches))
+            views = None
+            if train.views is not None:
+                views = torch.randint(len(train.views), batches.shape, generator=order)
+            losses.append(block.epoch(batches, views=views))
             done += len(batches)
         return block, losses
 
@@ -150,6 +204,12 @@ def test_a_head_is_bit_equal_alone_and_in_a_block(
     """Sizes at which BLAS and the vector loops meet odd ends and odd addresses."""
     train = random_split(loss, 100, width, classes)
     require_alone_equals_together(loss, STARTS[:3], train, batch_size, steps=25)
+
+
+@pytest.mark.parametrize("loss", ["bce", "role"])
+def test_a_head_is_bit_equal_alone_and_in_a_block_that_sees_views(loss: str) -> None:
+    train = with_views(random_split(loss, 100, 127, 7))
+    require_alone_equals_together(loss, STARTS[:3], train, 16, steps=25)
 
 
 @pytest.mark.slow
@@ -184,13 +244,18 @@ def test_scores_are_the_affine_map() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("in_views", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_captured_step_is_the_step(loss: str) -> None:
+def test_a_captured_step_is_the_step(loss: str, in_views: bool) -> None:
     train = random_split(loss, 200, 64, 20)
     on_gpu = Split(train.image_id, train.features.cuda(), train.observed.cuda(), train.true)
-    batches = batches_of_epoch(200, 2, torch.Generator().manual_seed(0))
+    batches, views = batches_of_epoch(200, 2, torch.Generator().manual_seed(0)), None
+    if in_views:
+        train = with_views(train)
+        on_gpu = replace(on_gpu, views=train.all_views().cuda())
+        views = torch.randint(3, batches.shape, generator=torch.Generator().manual_seed(1))
     blocks = [block_of(loss, STARTS, split, 2) for split in (train, on_gpu)]
-    losses = [block.epoch(batches) for block in blocks]
+    losses = [block.epoch(batches, views=views) for block in blocks]
     torch.testing.assert_close(losses[0], losses[1].cpu(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         blocks[0].parameters, blocks[1].parameters.cpu(), rtol=1e-4, atol=1e-5

@@ -9,7 +9,13 @@ import pytest
 
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels
-from mlc.heads.config import TrainConfig, check_config, default_labels, settle_knobs
+from mlc.heads.config import (
+    TrainConfig,
+    check_config,
+    default_labels,
+    settle_knobs,
+    splits_in_views,
+)
 from mlc.heads.losses import LOSSES
 
 
@@ -71,6 +77,19 @@ def test_labels_are_those_asked_for_or_what_the_loss_is_made_for(loss: str) -> N
     assert default_labels(config, table_of(dataset="csv-photos")) == "as-given"
     asked = TrainConfig(loss=loss, labels="full")
     assert default_labels(asked, table_of(dataset="csv-photos")) == "full"
+
+
+@pytest.mark.parametrize(
+    ("settings", "splits"),
+    [
+        ({}, set()),
+        ({"view_augment": True}, {"train"}),
+        ({"eval_views": "mean"}, {"val", "test"}),
+        ({"view_augment": True, "eval_views": "mean"}, {"train", "val", "test"}),
+    ],
+)
+def test_a_split_has_all_views_only_where_they_are_of_use(settings: dict, splits: set) -> None:
+    assert splits_in_views(TrainConfig(**settings)) == splits
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from typing import Any
 import made_store
 import numpy as np
 import pytest
+import torch
 
 from mlc.heads.config import TrainConfig
-from mlc.heads.fit import prepare, run_path
+from mlc.heads.fit import fit, prepare, read_inputs, run_path
 from mlc.heads.inputs import Features, read_features
+from mlc.heads.modules import HEADS
 
 
 @pytest.fixture
@@ -41,6 +43,68 @@ def test_a_field_that_is_not_set_does_not_name_a_run(features: Features) -> None
 
     assert run_path(Later(), features, source="a") == path_of(features)
     assert run_path(Later(more=1), features, source="a") != path_of(features)
+
+
+def test_what_changes_no_number_names_no_run(features: Features) -> None:
+    plain = path_of(features)
+    assert path_of(features, check=False) == plain
+    assert path_of(features, layer=made_store.LAYER) == plain  # its only one, by name
+    for changes in ({"layer": "other"}, {"view_augment": True}, {"eval_views": "mean"}):
+        assert path_of(features, **changes) != plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "in_views"),
+    [
+        ({}, set()),
+        ({"view_augment": True}, {"train"}),
+        ({"eval_views": "mean"}, {"val", "test"}),
+    ],
+)
+@pytest.mark.parametrize("head", ["linear", "normalised-linear"])
+def test_a_head_sees_every_view_as_it_sees_the_first(
+    tmp_path: Path, head: str, settings: dict, in_views: set
+) -> None:
+    config = TrainConfig(features=made_store.write_views(tmp_path, 3), head=head, **settings)
+    features, table = read_inputs(config)
+    splits = prepare(config, features, table).splits
+    assert {name for name, split in splits.items() if split.views is not None} == in_views
+    plain = prepare(TrainConfig(head=head), read_features(features.path), table).splits
+    for name, split in splits.items():
+        assert torch.equal(split.features, plain[name].features)
+        if name in in_views:
+            assert split.features.data_ptr() == split.views.data_ptr()
+            rows = [features.image_id.tolist().index(each) for each in split.image_id]
+            for view, seen in zip(features.views, split.views, strict=True):
+                assert torch.equal(HEADS[head].inputs(torch.from_numpy(view[rows])), seen)
+
+
+def test_inputs_are_those_that_a_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = made_store.write_views(tmp_path), []
+
+    def spy(*arguments, **settings):
+        asked.append(settings["check"])
+        return read_features(*arguments, **settings)
+
+    monkeypatch.setattr("mlc.heads.fit.read_features", spy)
+    first, _ = read_inputs(TrainConfig(features=path))
+    other, _ = read_inputs(TrainConfig(features=path, layer="other", check=False))
+    np.testing.assert_array_equal(other.values, 2 * first.values[:, ::-1])
+    assert asked == [True, False]
+
+
+def test_a_run_records_the_layer_that_was_named(tmp_path: Path) -> None:
+    path, recorded = made_store.write_views(tmp_path), {}
+    for layer in (None, "other"):
+        out = tmp_path / str(layer)
+        config = TrainConfig(features=path, layer=layer, epochs=1, out=out, device="cpu")
+        features, table = read_inputs(config)
+        run = fit(config, features, prepare(config, features, table))
+        recorded[layer] = run.results["features"].get("layer")
+        assert run.config.layer == layer
+    assert recorded == {None: None, "other": "other"}
 
 
 def test_a_validation_split_without_positives_is_told(features: Features) -> None:

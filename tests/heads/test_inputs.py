@@ -12,8 +12,16 @@ import torch
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import LabelTable, full_labels, save_labels
 from mlc.datasets.protocol import apply_protocol
-from mlc.heads.inputs import Features, LabelsConfig, join, read_features, read_labels, relabel
-from mlc.store.reader import labels_path
+from mlc.heads.inputs import (
+    Features,
+    LabelsConfig,
+    join,
+    mean_of_views,
+    read_features,
+    read_labels,
+    relabel,
+)
+from mlc.store.reader import FeatureStore, labels_path
 from mlc.store.schema import SUFFIXES
 
 CPU = torch.device("cpu")
@@ -145,6 +153,115 @@ def test_features_of_a_bad_image_do_not_matter(tmp_path: Path) -> None:
     path = write_store(tmp_path / "a.zarr", IDS, bad={"9"})
     made_store.spoil(path, "9", [math.nan])
     assert "9" not in read_features(path).image_id
+
+
+def views_of(image_ids: list[str], views: int = 3) -> np.ndarray:
+    """Return (N, V, 2) features that tell the image and the view."""
+    own = np.array([feature_of(each) for each in image_ids], dtype=np.float32)
+    return own[:, None] + 1000 * np.arange(views, dtype=np.float32)[:, None]
+
+
+def assert_joined_views(split, table: LabelTable) -> None:
+    """Each row of each view has the features of its own image in that view."""
+    assert_joined(split, table)
+    wanted = views_of(split.image_id.tolist()).swapaxes(0, 1)
+    np.testing.assert_array_equal(split.views.numpy(), wanted)
+    assert split.views.is_contiguous()
+    assert split.features.data_ptr() == split.views.data_ptr()  # no copy
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_all_views_of_the_good_images_are_read_and_joined_where_asked_for(
+    tmp_path: Path, table: LabelTable, suffix: str
+) -> None:
+    image_ids = np.random.default_rng(3).permutation(IDS).tolist()
+    layers = {made_store.LAYER: views_of(image_ids)}
+    path = made_store.write_layers(tmp_path / f"a{suffix}", image_ids, layers, bad={"3", "10"})
+    features = read_features(path, all_views=True)
+    good = [each for each in image_ids if each not in {"3", "10"}]
+    assert features.image_id.tolist() == good
+    np.testing.assert_array_equal(features.views, views_of(good).swapaxes(0, 1))
+    np.testing.assert_array_equal(features.values, views_of(good)[:, 0])
+    splits = join(features, table, CPU, in_all_views={"train", "test"})
+    assert splits["train"].image_id.tolist() == ["0", "1", "2", "4", "5"]
+    assert_joined_views(splits["train"], table)
+    assert_joined_views(splits["test"], table)
+    assert splits["val"].views is None
+    assert_joined(splits["val"], table)
+
+
+def test_of_a_store_of_views_the_first_alone_is_read_by_default(tmp_path: Path) -> None:
+    path = made_store.write_layers(tmp_path / "a.zarr", IDS, {made_store.LAYER: views_of(IDS)})
+    features = read_features(path)
+    assert features.views is None
+    np.testing.assert_array_equal(features.values, views_of(IDS)[:, 0])
+
+
+def test_views_of_a_store_of_one_are_refused_and_how_to_get_them_is_told(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "a.zarr", IDS, bad=set())
+    with pytest.raises(
+        MlcError,
+        match=rf"^{path}: has one view of each image, 'original'; .* mlc extract --views orig,flip",
+    ):
+        read_features(path, all_views=True)
+
+
+@pytest.mark.parametrize("all_views", [False, True])
+def test_a_layer_is_the_first_or_the_one_that_is_named(tmp_path: Path, all_views: bool) -> None:
+    layers = {"early": views_of(IDS), "late": 2 * views_of(IDS)[..., :1]}
+    path = made_store.write_layers(tmp_path / "a.zarr", IDS, layers)
+    for layer, name in ((None, "early"), ("early", "early"), ("late", "late")):
+        features = read_features(path, layer, all_views=all_views)
+        np.testing.assert_array_equal(features.values, layers[name][:, 0])
+        if all_views:
+            np.testing.assert_array_equal(features.views, layers[name].swapaxes(0, 1))
+    with pytest.raises(MlcError, match=rf"^{path}: has no layer 'lat', it has early, late; .*--la"):
+        read_features(path, "lat", all_views=all_views)
+
+
+def test_features_that_are_no_numbers_are_told_in_any_view_that_is_read(tmp_path: Path) -> None:
+    path = made_store.write_layers(tmp_path / "a.zarr", IDS, {made_store.LAYER: views_of(IDS)})
+    made_store.spoil(path, "7", [math.nan], view=2)
+    assert "7" in read_features(path).image_id
+    with pytest.raises(MlcError, match=r"features of 1 of 12 images are NaN .* \(image id 7\)"):
+        read_features(path, all_views=True)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_features_that_a_disk_changed_are_refused_unless_checks_are_off(
+    tmp_path: Path, suffix: str
+) -> None:
+    layers = {made_store.LAYER: views_of(IDS)}
+    path = made_store.write_layers(tmp_path / f"a{suffix}", IDS, layers)
+    made_store.spoil(path, "7", [5.0], view=1, noticed=True)
+    assert read_features(path).image_id.tolist() == IDS  # the first view is whole
+    with pytest.raises(MlcError, match=rf"^{path}: "):
+        read_features(path, all_views=True)
+    views = read_features(path, all_views=True, check=False).views
+    assert views[1, 7, 0] == 5
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("all_views", [True, False])
+def test_every_reading_checks_or_none_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_views: bool, check: bool
+) -> None:
+    path = made_store.write_layers(tmp_path / "a.zarr", IDS, {made_store.LAYER: views_of(IDS)})
+    asked, pooled = [], FeatureStore.pooled
+
+    def spy(*arguments, check):
+        asked.append(check)
+        return pooled(*arguments, check=check)
+
+    monkeypatch.setattr(FeatureStore, "pooled", spy)
+    read_features(path, all_views=all_views, check=check)
+    assert asked == [check] * (3 if all_views else 1)
+
+
+def test_the_mean_of_views_is_that_of_their_logits_and_of_one_it_is_itself() -> None:
+    one, other = torch.randn(2, 5, 3)
+    assert mean_of_views([one]) is one
+    assert torch.equal(mean_of_views([one, other]), (one + other) / 2)
 
 
 def test_other_labels_of_the_same_images_share_their_features(table: LabelTable) -> None:

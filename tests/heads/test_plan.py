@@ -107,6 +107,9 @@ OTHER = [
     Pair("split_seed", (0, 1)),
     Pair("epochs", (2, 3)),
     Pair("val_labels", ("clean", "observed")),
+    Pair("view_augment", (False, True)),
+    Pair("eval_views", ("first", "mean")),
+    Pair("layer", (None, "early")),
     Pair("classes", (("cat",), ("dog",))),
     Pair("features", (Path("a.zarr"), Path("b.zarr"))),
 ]

@@ -19,9 +19,9 @@ from mlc.configs.progress import Progress
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import OFFICIAL_SEED
 from mlc.heads.config import TrainConfig
-from mlc.heads.fit import fit, keep, prepare, run_path
+from mlc.heads.fit import fit, keep, prepare, read_inputs, run_path
 from mlc.heads.grid import SweepConfig, grid_of
-from mlc.heads.inputs import Features, read_features, read_labels
+from mlc.heads.inputs import Features
 from mlc.heads.losses import LOSSES
 from mlc.heads.run_folder import FILES, Run
 from mlc.heads.sweep import Swept, sweep
@@ -67,19 +67,14 @@ def content(folder: Path, names: Sequence[str] = SAME) -> dict[str, bytes]:
     }
 
 
-def read(config: TrainConfig) -> tuple[Features, LabelTable]:
-    features = read_features(config.features)
-    return features, read_labels(config, features.path)
-
-
 @pytest.fixture(scope="module")
 def inputs(store: Path) -> tuple[Features, LabelTable]:
-    return read(TrainConfig(features=store))
+    return read_inputs(TrainConfig(features=store))
 
 
 def alone(config: TrainConfig, out: Path, inputs: tuple[Features, LabelTable] | None = None) -> Run:
     """Train a head of a grid as ``mlc train-head`` does."""
-    features, table = inputs or read(config)
+    features, table = inputs or read_inputs(config)
     config = config.model_copy(update={"out": out})
     return fit(config, features, prepare(config, features, table))
 
@@ -368,6 +363,40 @@ def test_a_grid_of_weight_decay(
             assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
     (row,) = make_report(swept.runs, resamples=20).rows
     assert row.tuned["weight decay"] in {"0", "0.1", "10"}
+
+
+def test_heads_that_see_views_have_the_bits_that_they_have_alone(tmp_path: Path) -> None:
+    views = {"view_augment": True, "eval_views": "mean", "layer": "other"}
+    path = made_store.write_views(tmp_path, 3)
+    losses = {"losses": ("bce", "an", "role"), "seeds": (0, 1), "vary": ("corruption",)}
+    config = config_of(path, tmp_path / "runs", **losses, **views)
+    swept = sweep(config)
+    for each, run in zip(grid_of(config), swept.runs, strict=True):
+        again = alone(each, tmp_path / "alone" / run.path.name)
+        for name in SAME:
+            assert (again.path / name).read_bytes() == (run.path / name).read_bytes(), name
+    # Each of the settings tells, and none is lost on the way to the heads.
+    heads = content(config.out, SAME[:2]).values()
+    for name in views:
+        less = config_of(
+            path, tmp_path / name, **losses, **{key: views[key] for key in views if key != name}
+        )
+        sweep(less)
+        assert not set(content(less.out, ("scores.npz",)).values()) & set(heads)
+
+
+def test_views_that_the_store_lacks_are_refused_before_any_head_is_trained(
+    store: Path, tmp_path: Path
+) -> None:
+    for settings in ({"view_augment": True}, {"eval_views": "mean"}):
+        with pytest.raises(MlcError, match=r"has one view of each image, .*--views orig,flip"):
+            sweep(config_of(store, tmp_path / "runs", **settings))
+    with pytest.raises(MlcError, match=r"has no layer 'early', it has final; name one of them"):
+        sweep(config_of(store, tmp_path / "runs", layer="early"))
+    both = {"losses": ("bce",), "solvers": ("adam", "lbfgs"), "view_augment": True}
+    with pytest.raises(MlcError, match=r"^view_augment: the solver lbfgs"):
+        sweep(config_of(store, tmp_path / "runs", **both))
+    assert not (tmp_path / "runs").exists()
 
 
 REFUSING = {"pr", "an", "an_ls", "wan"}  # labels of -1

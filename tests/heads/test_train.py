@@ -14,9 +14,17 @@ from mlc.configs.errors import MlcError
 from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.inputs import Split
+from mlc.heads.linear import LinearHead
 from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
-from mlc.heads.train import batches_of_epoch, probabilities, train_block, train_head
+from mlc.heads.train import (
+    _epochs,
+    batches_of_epoch,
+    probabilities,
+    score,
+    train_block,
+    train_head,
+)
 from mlc.heads.trained import Diverged, TrainedHead
 
 
@@ -237,6 +245,103 @@ def test_heads_that_differ_in_their_seed_share_every_batch(
     train(splits, loss="an", seed=0)
     assert seen[:4] == seen[4:8] == seen[8:]
     assert seen[0] != seen[1]
+
+
+def in_views(splits: dict[str, Split], noise: float, views: int = 2) -> dict[str, Split]:
+    """Return splits with views that differ by some noise; the first is that of the splits."""
+    generator = torch.Generator().manual_seed(3)
+    seen = {}
+    for name, split in splits.items():
+        other = torch.randn(views, *split.features.shape, generator=generator)
+        other[0] = 0
+        seen[name] = replace(split, views=split.features + noise * other)
+    return seen
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_views_that_are_all_the_same_change_no_bit(splits: dict, loss: str) -> None:
+    """Neither in training, where they disturb no other draw, nor in the mean of the logits."""
+    plain, views = train(splits, loss=loss), in_views(splits, noise=0)
+    assert same(plain, train(views, loss=loss))
+    assert same(plain, train(views, loss=loss, view_augment=True))
+    assert same(plain, train(views, loss=loss, view_augment=True, eval_views="mean"))
+
+
+@pytest.mark.parametrize("loss", ["bce", "role"])
+def test_views_are_seen_in_training_and_drawn_from_the_order_seed(splits: dict, loss: str) -> None:
+    views = in_views(splits, noise=0.5)
+    augmented = train(views, loss=loss, view_augment=True)
+    assert same(augmented, train(views, loss=loss, view_augment=True))
+    assert not same(augmented, train(splits, loss=loss))
+    assert same(train(views, loss=loss), train(splits, loss=loss))
+    other = in_views(splits, noise=0.7)["train"]
+    assert not same(augmented, train(views | {"train": other}, loss=loss, view_augment=True))
+    assert same(  # scored in the first view
+        augmented, train(splits | {"train": views["train"]}, loss=loss, view_augment=True)
+    )
+
+
+def test_every_view_is_drawn_for_its_share_and_anew_in_each_epoch(
+    splits: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
+    epoch = LinearBlock.epoch
+
+    def spy(block, batches, check, views):
+        drawn.append((batches, views))
+        return epoch(block, batches, check, views)
+
+    monkeypatch.setattr(LinearBlock, "epoch", spy)
+    views = in_views(splits, noise=0.5, views=3)
+    for seeds in ({}, {"seed": 1}, {"order_seed": 1}):
+        train(views, view_augment=True, batch_size=4, epochs=40, **seeds)
+    first, again, other = (drawn[start : start + 40] for start in (0, 40, 80))
+    assert all(torch.equal(one[1], two[1]) for one, two in zip(first, again, strict=True))
+    assert not any(torch.equal(one[1], two[1]) for one, two in zip(first, other, strict=True))
+    assert len({tuple(views.flatten().tolist()) for _, views in first}) == 40
+    counts = torch.stack([views for _, views in first]).flatten().bincount()
+    assert len(counts) == 3
+    assert counts.min() > 0.28 * counts.sum()
+
+
+def test_views_do_not_follow_from_the_rows(splits: dict) -> None:
+    """A generator of the same seed would draw both from the same numbers."""
+    wide = {"train": replace(random_split(2, 0), image_id=np.arange(20_000).astype(str))}
+    seen = in_views(wide, noise=0.5)["train"]
+    config = TrainConfig(view_augment=True, batch_size=1, epochs=1)
+    ((rows, views),) = _epochs(config, seen)
+    position = torch.arange(20_000)
+    drawn = (rows[:, 0] - position) % 2  # what is left of the number that chose the row
+    agree = float((drawn == views[:, 0]).double().mean())
+    assert abs(agree - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("loss", ["an", "role"])
+def test_the_mean_over_views_is_that_of_their_logits(splits: dict, loss: str) -> None:
+    views = in_views(splits, noise=0.5, views=3)
+    trained = train(views, loss=loss, eval_views="mean")
+    weight, bias = trained.state["weight"], trained.state["bias"]
+    for name in ("val", "test"):
+        want = sum(seen @ weight.T + bias for seen in views[name].views) / 3
+        np.testing.assert_allclose(trained.logits[name], want, rtol=1e-5, atol=1e-5)
+        first = splits[name].features @ weight.T + bias
+        assert np.abs(trained.logits[name] - first.numpy()).max() > 0.1
+    best = trained.history[trained.best_epoch - 1]["val_mAP"]
+    assert best == mean_ap(probabilities(trained.logits["val"]), splits["val"].true)
+
+
+def test_a_head_of_its_own_is_scored_like_the_block(splits: dict) -> None:
+    views = in_views(splits, noise=0.5)
+    trained = train(views, eval_views="mean")
+    head = LinearHead(6, 4, torch.Generator())
+    head.load_state_dict(trained.state)
+    want = trained.logits["test"]
+    np.testing.assert_allclose(score(head, views["test"], "an", "mean"), want, atol=1e-5)
+    first = head(splits["test"].features).detach()
+    np.testing.assert_array_equal(score(head, views["test"], "an"), first)
+    views["test"].views[1, 3, 2] = math.inf
+    with pytest.raises(Diverged):
+        score(head, views["test"], "an", "mean")
 
 
 @pytest.mark.parametrize("loss", ["bce", "role"])

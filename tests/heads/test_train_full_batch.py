@@ -1,5 +1,7 @@
 """The full-batch solver in training: one strength, chosen on validation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,29 @@ def test_observed_labels_can_choose(splits: dict) -> None:
     trained = train_head(config(val_labels="observed"), splits)
     best = trained.history[trained.best_epoch - 1]["val_mAP"]
     assert best == mean_ap(probabilities(trained.logits["val"]), (observed == 1).numpy())
+
+
+def test_an_optimum_of_the_first_view_is_scored_in_all_of_them(splits: dict) -> None:
+    views = {}
+    for seed, (name, each) in enumerate(splits.items()):
+        other = torch.randn(each.features.shape, generator=torch.Generator().manual_seed(seed + 5))
+        views[name] = replace(each, views=torch.stack([each.features, each.features + other]))
+    trained = train_head(config(eval_views="mean"), views)
+    best = trained.history[trained.best_epoch - 1]
+    maps = [line["val_mAP"] for line in trained.history]
+    assert mean_ap(probabilities(trained.logits["val"]), splits["val"].true) == max(maps)
+    first = train_head(config(strengths=(best["strength"],)), splits)
+    assert first.history[0]["val_mAP"] != best["val_mAP"]
+    weight, bias = (trained.state[name] for name in ("weight", "bias"))
+    np.testing.assert_allclose(weight, first.state["weight"], atol=2e-3)
+    for name in ("val", "test"):
+        want = (views[name].views @ weight.T + bias).mean(dim=0)
+        np.testing.assert_allclose(trained.logits[name], want, rtol=1e-4, atol=1e-4)
+
+
+def test_views_are_not_drawn_where_there_are_no_steps() -> None:
+    with pytest.raises(MlcError, match=r"^view_augment: the solver lbfgs takes no steps .* adam$"):
+        check_config(config(view_augment=True))
 
 
 def test_a_loss_that_is_not_convex_has_no_optimum_to_find() -> None:

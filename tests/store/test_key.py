@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlc.configs.errors import MlcError
-from mlc.store.key import DIGEST_CHARS, FeatureKey, require_same_key
+from mlc.store.key import DIGEST_CHARS, FeatureKey, feature_dtypes, require_same_key
 
 KEY = FeatureKey(
     backbone="resnet50",
@@ -21,7 +21,7 @@ KEY = FeatureKey(
     std=(0.229, 0.224, 0.225),
     precision="float32",
     views=("orig",),
-    dtype="float32",
+    features=("pooled:float32",),
 )
 NAMES = [field.name for field in fields(FeatureKey)]
 CHANGES: dict[type, Callable[[Any], Any]] = {
@@ -37,7 +37,7 @@ def changed(name: str) -> FeatureKey:
 
 
 def test_digest_is_what_the_names_of_existing_stores_carry() -> None:
-    assert KEY.digest() == "bc22a5987f"
+    assert KEY.digest() == "525e1636f7"
     assert len(KEY.digest()) == DIGEST_CHARS
 
 
@@ -74,9 +74,9 @@ def test_a_difference_names_the_field_and_both_values(name: str) -> None:
 
 
 def test_all_differences_are_told_at_once() -> None:
-    asked = replace(KEY, size_px=224, dtype="float16")
+    asked = replace(KEY, size_px=224, precision="float16")
     with pytest.raises(
-        MlcError, match=r"dtype: .* asked 'float16'; size_px: stored 448, asked 224"
+        MlcError, match=r"precision: .* asked 'float16'; size_px: stored 448, asked 224"
     ):
         require_same_key("a.zarr", KEY.to_json(), asked)
 
@@ -88,3 +88,43 @@ def test_a_field_that_only_one_side_has_is_a_difference() -> None:
         require_same_key("a.zarr", stored, KEY)
     with pytest.raises(MlcError, match=r"crop: stored 'centre', asked None"):
         require_same_key("a.zarr", KEY.to_json() | {"crop": "centre"}, KEY)
+
+
+# --- features ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("features", "want"),
+    [
+        (["pooled"], {"pooled": "float32"}),
+        (["tokens"], {"tokens": "float16"}),
+        (["pooled:float16", "tokens:int8"], {"pooled": "float16", "tokens": "int8"}),
+        (["pooled:float32"], {"pooled": "float32"}),
+    ],
+)
+def test_features_have_their_dtype_or_the_default_of_their_kind(
+    features: list[str], want: dict[str, str]
+) -> None:
+    assert feature_dtypes(features) == want
+
+
+def test_features_are_in_one_order() -> None:
+    assert list(feature_dtypes(["tokens", "pooled"])) == ["pooled", "tokens"]
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ([], r"features: got none; choose from pooled, tokens"),
+        (["poled"], r"unknown kind of features 'poled'; did you mean 'pooled'\?"),
+        (["prefix"], r"unknown kind of features 'prefix'; choose from pooled, tokens"),
+        (["tokens:float8"], r"unknown dtype of tokens 'float8'; did you mean 'float32' or"),
+        (["tokens:"], r"unknown dtype of tokens ''; choose from float16, float32, int8"),
+        (["tokens", "tokens:int8"], r"features: got 'tokens' more than once"),
+    ],
+)
+def test_features_that_are_not_to_be_had_are_one_sentence(
+    features: list[str], expected: str
+) -> None:
+    with pytest.raises(MlcError, match=expected):
+        feature_dtypes(features)

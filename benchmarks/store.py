@@ -1,0 +1,534 @@
+"""The store against a raw file of the same bytes: writing, loading, shuffled epochs off the disk.
+
+    python benchmarks/store.py [--folder DIR] [--tokens-gb 8] [--small-gb 4] [--rounds 3]
+
+In each round every contestant is timed right after the raw file, and a ratio is of the two rates.
+A write ends when all is on the disk; before a read the page cache is dropped. Beside mlc the usual
+tools used the plain way, without compression, as the raw file is: one round, of a slice that the
+table states. The numbers are random, so no disk can compress them away. Stores are open before a
+read is timed, and what opening takes is a row of its own; the others' times include it.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import h5py
+import memory
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from mlc.report.console import print_table
+from mlc.store.batches import READ_AHEAD_BYTES, open_batches, shuffled
+from mlc.store.key import FeatureKey
+from mlc.store.layout import Layout
+from mlc.store.reader import FeatureStore
+from mlc.store.writer import StoreWriter
+
+GB = 1e9
+BATCH, SHARD_ROWS, POOL = 64, 256, 256  # images; a pool of random ones is used again and again
+RAW_READ = 8 << 20  # bytes of a sequential read
+PLAIN_BYTES = 1e9  # at most, of a file of the usual tools: some are slow
+PLAIN_SECONDS = 10  # they read batches for so long
+TOKENS, SMALL, POOLED = (196, 2048), (49, 1280), (2048,)  # of ResNet-50 at 448 px, lite0 at 224
+COCO = 122_218  # images
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+RAW = "raw"
+STORES = {"mlc zarr": "mlc.zarr", "mlc hdf5": "mlc.h5"}
+PLAIN = {"zarr-python": "plain.zarr", "h5py": "plain.h5", "np.memmap": "plain.npy"}
+
+FILES = {RAW: "raw.bin", **STORES, **PLAIN}
+CHECKS = ((True, ""), (False, ", unchecked"))
+
+Job = Callable[[], int]  # returns the bytes that it has read or written
+Take = Callable[[Any, NDArray[np.intp], NDArray[Any]], object]  # array, batch, room for it
+
+
+@dataclass(frozen=True)
+class Case:
+    """Features that are written and read.
+
+    Attributes:
+        folder: for its files.
+        array: name of the feature array.
+        dtype: as stored.
+        shape: of one image.
+        images: N.
+    """
+
+    folder: Path
+    array: str
+    dtype: str
+    shape: tuple[int, ...]
+    images: int
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of an image's features as stored."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def plain_images(self) -> int:
+        """Images in a file of the usual tools."""
+        return min(self.images, int(PLAIN_BYTES / self.image_bytes))
+
+    @cached_property
+    def pool(self) -> NDArray[np.float32]:
+        """(POOL, 1, *shape) float32 random numbers, as a backbone gives them."""
+        generator = np.random.default_rng(0)
+        return generator.standard_normal((POOL, 1, *self.shape), dtype=np.float32)
+
+    @cached_property
+    def stored(self) -> NDArray[Any]:
+        """The pool as stored."""
+        return self.pool.astype(self.dtype)
+
+    def batches(self, images: int) -> Iterator[tuple[range, slice]]:
+        """Yield the rows of each batch, and where in the pool they come from."""
+        for start in range(0, images, BATCH):
+            rows = range(start, min(start + BATCH, images))
+            yield rows, slice(start % POOL, start % POOL + len(rows))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Rates of a contestant, bytes a second, round by round, and of the raw file beside it."""
+
+    job: str
+    name: str
+    rates: list[float]
+    raw: list[float]
+    size: str
+
+    def record(self) -> dict[str, str]:
+        """Return a row of the table."""
+        ratios = [rate / raw for rate, raw in zip(self.rates, self.raw, strict=True)]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else ""
+        return {
+            "job": self.job,
+            "who": self.name,
+            "GB/s": f"{median(self.rates) / GB:.3f}",
+            "raw GB/s": f"{median(self.raw) / GB:.3f}",
+            "over raw": f"{median(ratios):.2f}",
+            "range": spread,
+            "of": self.size,
+        }
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), default=".", help="On the disk to time.")
+@click.option("--tokens-gb", default=8.0, help="Of tokens of 0.8 MB an image.")
+@click.option("--small-gb", default=4.0, help="Of tokens of 125 kB an image.")
+@click.option("--images", default=COCO, help="Of which pooled features are loaded.")
+@click.option("--rounds", default=3)
+@click.option("--read-ahead-mb", default=READ_AHEAD_BYTES >> 20, help="Of an epoch off the disk.")
+def main(
+    folder: Path, tokens_gb: float, small_gb: float, images: int, rounds: int, read_ahead_mb: int
+) -> None:
+    """Print one table; everything that is written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed
+    with tempfile.TemporaryDirectory(prefix="mlc-store-", dir=folder) as name:
+        make = partial(make_case, Path(name))
+        cases = (
+            make("tokens", "float16", TOKENS, gb=tokens_gb),
+            make("tokens", "float16", SMALL, gb=small_gb),
+            make("pooled", "float32", POOLED, images=images),
+        )
+        require_space(folder, cases)
+        ahead = read_ahead_mb << 20
+        tokens, small, pooled = cases
+        contests = [*write(tokens, rounds), *epoch(tokens, rounds, ahead)]
+        notes = [peak_record(tokens, name, ahead) for name in STORES]
+        contests += [*written(small, epoch, rounds, ahead), *written(pooled, load, rounds)]
+        notes += [open_record(pooled, name, rounds) for name in STORES]
+    print(
+        f"{os.cpu_count()} cores, {rounds} rounds, medians; page cache dropped by "
+        f"{DROP_CACHES if may_drop_caches() else 'posix_fadvise'}; read-ahead {read_ahead_mb} MiB"
+    )
+    print_table([*(each.record() for each in contests), *notes])
+
+
+def make_case(
+    folder: Path,
+    kind: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    *,
+    images: int = 0,
+    gb: float = 0.0,
+) -> Case:
+    """Return features of so many images, or gigabytes."""
+    image_bytes = prod(shape) * np.dtype(dtype).itemsize
+    return Case(folder, f"layer/{kind}", dtype, shape, images or int(gb * GB / image_bytes))
+
+
+def require_space(folder: Path, cases: Sequence[Case]) -> None:
+    """Raise unless the files of the largest case fit: raw, two stores, three of the usual tools."""
+    need = max(
+        (3 * each.images + 3 * each.plain_images) * 1.02 * each.image_bytes for each in cases
+    )
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise click.ClickException(
+            f"{folder.resolve()}: {need / GB:.1f} GB are needed, got {free / GB:.1f} GB free; pass "
+            "--folder on a disk with more, or a smaller --tokens-gb and --small-gb"
+        )
+
+
+def compare(
+    job: str,
+    size: str,
+    raw: Job,
+    contestants: Mapping[str, Job],
+    rounds: int,
+    before: Callable[[str], None],
+) -> list[Contest]:
+    """Time contestants in turn, each right after the raw file and what must come before it."""
+    contests = [Contest(job, name, [], [], size) for name in contestants]
+    for _ in range(rounds):
+        for contest, run in zip(contests, contestants.values(), strict=True):
+            before(RAW)
+            contest.raw.append(rate(raw))
+            before(contest.name)
+            contest.rates.append(rate(run))
+    return contests
+
+
+def rate(job: Job) -> float:
+    """Return bytes a second of a job."""
+    start = time.perf_counter()
+    done = job()
+    return done / (time.perf_counter() - start)
+
+
+# Writing
+
+
+def write(case: Case, rounds: int) -> list[Contest]:
+    """Write a case's files, and compare how fast that is."""
+    raw, before = partial(write_raw, case), partial(make_room, case)
+    ours = {name: partial(write_store, case, file) for name, file in STORES.items()}
+    contests = compare("write", size_of(case, case.images), raw, ours, rounds, before)
+    plain = {tool: partial(write_plain, case, tool) for tool in PLAIN}
+    size = size_of(case, case.plain_images)
+    return contests + compare("write", size, raw, plain, 1, before)
+
+
+def make_room(case: Case, name: str) -> None:
+    """Have the numbers ready, and nothing of an earlier writer: no file, nothing for the disk."""
+    assert len(case.pool) == len(case.stored)
+    remove(case.folder / FILES[name])
+    os.sync()
+
+
+def written(
+    case: Case, read: Callable[..., list[Contest]], rounds: int, *args: int
+) -> list[Contest]:
+    """Write the files of a case in place of the last one's, and compare only how they are read."""
+    for path in case.folder.iterdir():
+        remove(path)
+    write(case, 1)
+    return read(case, rounds, *args)
+
+
+def write_raw(case: Case) -> int:
+    """Write the numbers one after the other."""
+    path = case.folder / FILES[RAW]
+    with path.open("wb", buffering=0) as file:
+        for _, part in case.batches(case.images):
+            left = memoryview(case.stored[part]).cast("B")
+            while left:
+                left = left[file.write(left) :]
+    return synced(path)
+
+
+def write_store(case: Case, file: str) -> int:
+    """Write a store as extraction does, batch by batch."""
+    path = case.folder / file
+    hashes, no_error = np.full(SHARD_ROWS, "0" * 32), np.full(SHARD_ROWS, "")
+    features = torch.from_numpy(case.pool)
+    writer = StoreWriter.create_or_resume(path, layout(case))
+    with writer.filling():
+        for shard in writer.shards():
+            for start in range(shard.start, shard.stop, BATCH):
+                rows = range(start, min(start + BATCH, shard.stop))
+                batch = features[start % POOL : start % POOL + len(rows)]
+                writer.write(rows, {case.array: batch})
+            writer.mark(shard, hashes[: len(shard)], no_error[: len(shard)])
+    synced(path)
+    return case.images * case.image_bytes
+
+
+def layout(case: Case) -> Layout:
+    """Return what a store of a case holds."""
+    layer, kind = case.array.split("/")
+    key = FeatureKey(
+        backbone="random",
+        weights="0",
+        layers=(layer,),
+        size_px=224,
+        resize="squash",
+        interpolation="bilinear",
+        decode="pillow",
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        precision="float32",
+        views=("orig",),
+        features=(f"{kind}:{case.dtype}",),
+    )
+    rows = np.array([f"{row:012}" for row in range(case.images)])
+    return Layout(
+        key=key,
+        image_id=rows,
+        file=rows,
+        arrays={case.array: case.shape},
+        batch_size=BATCH,
+        shard_rows=SHARD_ROWS,
+        made_by={},
+    )
+
+
+def write_plain(case: Case, tool: str) -> int:
+    """Assign slices of an array of one of the usual tools."""
+    path = case.folder / PLAIN[tool]
+    with opened(case, tool, create=True) as values:
+        for rows, part in case.batches(case.plain_images):
+            values[rows.start : rows.stop] = case.stored[part]
+    synced(path)
+    return case.plain_images * case.image_bytes
+
+
+@contextmanager
+def opened(case: Case, tool: str, *, create: bool = False) -> Iterator[Any]:
+    """Open an array of one of the usual tools; tokens are in chunks of an image, within shards."""
+    path, shape = case.folder / PLAIN[tool], (case.plain_images, 1, *case.shape)
+    shard = (SHARD_ROWS, *shape[1:])
+    chunks = (1, *shape[1:]) if len(case.shape) > 1 else shard
+    if tool == "h5py":
+        with h5py.File(path, "w" if create else "r") as file:
+            if create:
+                file.create_dataset("values", shape, case.dtype, chunks=chunks)
+            yield file["values"]
+    elif tool == "np.memmap":
+        yield np.lib.format.open_memmap(path, "w+" if create else "r", case.dtype, shape)
+    elif create:
+        shards = None if chunks == shard else shard
+        yield zarr.create_array(
+            path, shape=shape, dtype=case.dtype, chunks=chunks, shards=shards, compressors=None
+        )
+    else:
+        yield zarr.open_array(path, mode="r")
+
+
+# Reading
+
+
+def epoch(case: Case, rounds: int, ahead: int) -> list[Contest]:
+    """Compare one epoch in a random order."""
+    job = f"epoch, {case.image_bytes / 1e3:.0f} kB an image"
+    raw, before = partial(read_raw, case), partial(drop_cache, case.folder)
+    with opened_stores(case) as stores:
+        ours = {
+            f"{name}{note}": partial(read_epoch, case, store, ahead, check=check)
+            for name, store in stores.items()
+            for check, note in CHECKS
+        }
+        contests = compare(job, size_of(case, case.images), raw, ours, rounds, before)
+    for name, (tool, take) in TAKES.items():
+        done: list[int] = []
+        plain = {name: partial(read_plain, case, tool, take, done)}
+        (contest,) = compare(job, "", raw, plain, 1, before)
+        size = f"{len(done)} batches of {size_of(case, case.plain_images)}"
+        contests.append(replace(contest, size=size))
+    return contests
+
+
+def read_raw(case: Case) -> int:
+    """Read the raw file from beginning to end."""
+    room, total = bytearray(RAW_READ), 0
+    with (case.folder / FILES[RAW]).open("rb", buffering=0) as file:
+        while count := os.readv(file.fileno(), [room]):
+            total += count
+    return total
+
+
+@contextmanager
+def opened_stores(case: Case) -> Iterator[dict[str, FeatureStore]]:
+    """Open the stores of a case, one of each format."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(FeatureStore(case.folder / file))
+            for name, file in STORES.items()
+        }
+
+
+def read_epoch(case: Case, store: FeatureStore, ahead: int, *, check: bool) -> int:
+    """Read all units of a store once, in batches."""
+    array = store.features(kind=case.array.rpartition("/")[2])
+    units = array.units_of(np.arange(case.images))
+    cpu = torch.device("cpu")
+    batches = open_batches(
+        array, units, cpu, "disk", batch_size=BATCH, read_ahead_bytes=ahead, check=check
+    )
+    return sum(each.nbytes for each in batches.read(shuffled(units, BATCH, seed=0, epoch=0)))
+
+
+def read_plain(case: Case, tool: str, take: Take, done: list[int]) -> int:
+    """Read batches of an epoch for some seconds, and note their sizes."""
+    room = np.empty((BATCH, 1, *case.shape), case.dtype)
+    end = time.perf_counter() + PLAIN_SECONDS
+    with opened(case, tool) as values:
+        for batch in shuffled(np.arange(case.plain_images), BATCH, seed=0, epoch=0):
+            take(values, batch, room)
+            done.append(len(batch))
+            if time.perf_counter() > end:
+                break
+    return sum(done) * case.image_bytes
+
+
+def row_by_row(values: Any, batch: NDArray[np.intp], room: NDArray[Any]) -> None:
+    """Read a batch as HDF5 likes it best."""
+    for place, row in enumerate(batch.tolist()):
+        values.read_direct(room, np.s_[row], np.s_[place])
+
+
+def load(case: Case, rounds: int) -> list[Contest]:
+    """Compare loading a whole array into memory."""
+    raw, before = partial(load_raw, case), partial(drop_cache, case.folder)
+    plain: dict[str, Job] = {
+        "zarr-python, [:]": partial(load_plain, case, "zarr-python"),
+        "h5py, [:]": partial(load_plain, case, "h5py"),
+        "np.load": lambda: np.load(case.folder / PLAIN["np.memmap"]).nbytes,
+    }
+    with opened_stores(case) as stores:
+        ours = {
+            f"{name}{note}": partial(load_store, store, check=check)
+            for name, store in stores.items()
+            for check, note in CHECKS
+        }
+        contests = compare("load", size_of(case, case.images), raw, ours, rounds, before)
+    return contests + compare("load", size_of(case, case.plain_images), raw, plain, 1, before)
+
+
+def load_raw(case: Case) -> int:
+    """Load the raw file."""
+    return np.fromfile(case.folder / FILES[RAW], case.dtype).nbytes
+
+
+def load_store(store: FeatureStore, *, check: bool) -> int:
+    """Load the pooled features of a store."""
+    return store.pooled(check=check).nbytes
+
+
+def load_plain(case: Case, tool: str) -> int:
+    """Load an array of one of the usual tools."""
+    with opened(case, tool) as values:
+        return int(values[:].nbytes)
+
+
+# Opening, memory and files
+
+
+def open_record(case: Case, name: str, rounds: int) -> dict[str, str]:
+    """Return the row of the table that says how long it takes to open a store off the disk."""
+    seconds = []
+    for _ in range(rounds):
+        drop_cache(case.folder, name)
+        start = time.perf_counter()
+        FeatureStore(case.folder / STORES[name]).close()
+        seconds.append(time.perf_counter() - start)
+    return note_row("open", name, f"{case.images:,} images, {median(seconds):.2f} s")
+
+
+def peak_record(case: Case, name: str, ahead: int) -> dict[str, str]:
+    """Return the row of the table that says what memory an epoch takes, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        # A copy of the case has no pool of numbers with it.
+        peak = pool.submit(peak_of_epoch, replace(case), STORES[name], ahead).result()
+    shown = "not known here" if peak is None else f"{peak / 2**20:,.0f} MiB beyond the libraries"
+    return note_row("most memory of an epoch", name, shown)
+
+
+def peak_of_epoch(case: Case, file: str, ahead: int) -> int | None:
+    """Return the most memory of an epoch, opening included."""
+
+    def job() -> None:
+        with FeatureStore(case.folder / file) as store:
+            read_epoch(case, store, ahead, check=True)
+
+    return memory.peak_bytes(job)
+
+
+def note_row(job: str, name: str, note: str) -> dict[str, str]:
+    """Return a row of the table that holds no rates."""
+    blank = dict.fromkeys(("GB/s", "raw GB/s", "over raw", "range"), "")
+    return {"job": job, "who": name, **blank, "of": note}
+
+
+def size_of(case: Case, images: int) -> str:
+    """Return e.g. ``9,965 images, 8.0 GB``."""
+    return f"{images:,} images, {images * case.image_bytes / GB:.1f} GB"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder that may be there."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def synced(path: Path) -> int:
+    """Wait until the disk has a file, or all files of a folder; return their bytes."""
+    total = 0
+    for each in files_of(path):
+        with each.open("rb") as file:
+            os.fsync(file.fileno())
+            total += os.fstat(file.fileno()).st_size
+    return total
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return a file, or all files of a folder."""
+    return [each for each in (path, *path.rglob("*")) if each.is_file()]
+
+
+def may_drop_caches() -> bool:
+    """Say whether the whole page cache can be dropped, as root can."""
+    return os.access(DROP_CACHES, os.W_OK)
+
+
+def drop_cache(folder: Path, _: str) -> None:
+    """Have the next reads of the files of a folder, all written out, come from the disk."""
+    if may_drop_caches():
+        DROP_CACHES.write_text("1")
+        return
+    for path in files_of(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# How the usual tools read a batch.
+TAKES: dict[str, tuple[str, Take]] = {
+    "zarr-python, oindex": ("zarr-python", lambda values, batch, _: values.oindex[batch]),
+    "h5py, fancy": ("h5py", lambda values, batch, _: values[np.sort(batch)]),
+    "h5py, read_direct": ("h5py", row_by_row),
+    "np.memmap, fancy": ("np.memmap", lambda values, batch, _: values[batch]),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A run on a store: of its own layer, and in its own views unless others are asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import made_store
+import numpy as np
+import pytest
+
+from mlc.configs.errors import MlcError
+from mlc.datasets.labels import save_labels
+from mlc.heads.config import TrainConfig
+from mlc.heads.evaluate import evaluate_on_store
+from mlc.heads.fit import fit, prepare, read_inputs
+from mlc.heads.inputs import LabelsConfig, read_features
+from mlc.heads.metrics import mean_ap
+from mlc.heads.run_folder import Run
+from mlc.heads.train import probabilities
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_store.write_views(tmp_path_factory.mktemp("store"), 3)
+
+
+def trained(store: Path, out: Path, **settings: Any) -> Run:
+    config = TrainConfig(features=store, out=out, epochs=3, lr=1e-2, device="cpu", **settings)
+    features, table = read_inputs(config)
+    return fit(config, features, prepare(config, features, table))
+
+
+def map_by_hand(run: Run, store: Path, views: int) -> float:
+    """Return the test mAP of the mean logits of the first views."""
+    features = read_features(store, run.config.layer, all_views=True)
+    test = made_store.table_of().part("test")
+    rows = [features.image_id.tolist().index(each) for each in test.image_id]
+    state = {name: each.numpy() for name, each in run.head().state_dict().items()}
+    logits = [view[rows] @ state["weight"].T + state["bias"] for view in features.views[:views]]
+    return float(mean_ap(probabilities(np.mean(logits, axis=0)), test.true))
+
+
+@pytest.mark.parametrize("layer", [None, "other"])
+def test_a_run_is_scored_as_it_was_unless_other_views_are_asked_for(
+    store: Path, tmp_path: Path, layer: str | None
+) -> None:
+    maps = {}
+    for own, other, views in (("first", "mean", 1), ("mean", "first", 3)):
+        run = trained(store, tmp_path / own, layer=layer, eval_views=own)
+        as_it_was = evaluate_on_store(run, LabelsConfig())
+        assert as_it_was["mAP"] == pytest.approx(run.results["test"]["mAP"], abs=1e-9)
+        assert as_it_was["mAP"] == pytest.approx(map_by_hand(run, store, views), abs=1e-9)
+        asked = evaluate_on_store(run, LabelsConfig(eval_views=other))
+        assert asked["mAP"] == pytest.approx(map_by_hand(run, store, 4 - views), abs=1e-9)
+        maps[own] = (as_it_was["mAP"], asked["mAP"])
+        assert maps[own][0] != maps[own][1]
+
+
+def test_other_labels_leave_a_run_its_views(store: Path, tmp_path: Path) -> None:
+    run = trained(store, tmp_path / "run", eval_views="mean")
+    path = tmp_path / "labels.npz"
+    save_labels(made_store.table_of(), path)
+    got = evaluate_on_store(run, LabelsConfig(labels_file=path))
+    assert got["mAP"] == pytest.approx(run.results["test"]["mAP"], abs=1e-9)
+
+
+@pytest.mark.parametrize(("asked", "checks"), [({}, True), ({"check": False}, False)])
+def test_a_run_that_was_trained_without_checks_is_evaluated_with_them(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, bool],
+    checks: bool,
+) -> None:
+    run, seen = trained(store, tmp_path / "run", check=False), []
+
+    def spy(*arguments, **settings):
+        seen.append(settings["check"])
+        return read_features(*arguments, **settings)
+
+    monkeypatch.setattr("mlc.heads.evaluate.read_features", spy)
+    evaluate_on_store(run, LabelsConfig(**asked))
+    assert seen == [checks]
+
+
+def test_the_mean_over_one_view_is_refused(tmp_path: Path) -> None:
+    run = trained(made_store.write(tmp_path), tmp_path / "run")
+    with pytest.raises(MlcError, match=r"small.zarr: has one view of each image, 'original'; "):
+        evaluate_on_store(run, LabelsConfig(eval_views="mean"))
