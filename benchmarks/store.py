@@ -19,21 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from math import prod
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
-import h5py
 import memory
 import numpy as np
 import torch
-import zarr
-from numpy.typing import NDArray
+from plain_stores import PLAIN, TAKES, load_plain, read_plain, write_plain
+from store_case import BATCH, GB, POOL, SHARD_ROWS, Case, files_of, make_case, size_of, synced
 
+from mlc.configs.free_memory import free_memory
 from mlc.report.console import print_table
 from mlc.store.batches import READ_AHEAD_BYTES, open_batches, shuffled
 from mlc.store.key import FeatureKey
@@ -41,69 +39,17 @@ from mlc.store.layout import Layout
 from mlc.store.reader import FeatureStore
 from mlc.store.writer import StoreWriter
 
-GB = 1e9
-BATCH, SHARD_ROWS, POOL = 64, 256, 256  # images; a pool of random ones is used again and again
 RAW_READ = 8 << 20  # bytes of a sequential read
-PLAIN_BYTES = 1e9  # at most, of a file of the usual tools: some are slow
-PLAIN_SECONDS = 10  # they read batches for so long
 TOKENS, SMALL, POOLED = (196, 2048), (49, 1280), (2048,)  # of ResNet-50 at 448 px, lite0 at 224
 COCO = 122_218  # images
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 RAW = "raw"
 STORES = {"mlc zarr": "mlc.zarr", "mlc hdf5": "mlc.h5"}
-PLAIN = {"zarr-python": "plain.zarr", "h5py": "plain.h5", "np.memmap": "plain.npy"}
 
 FILES = {RAW: "raw.bin", **STORES, **PLAIN}
 CHECKS = ((True, ""), (False, ", unchecked"))
 
 Job = Callable[[], int]  # returns the bytes that it has read or written
-Take = Callable[[Any, NDArray[np.intp], NDArray[Any]], object]  # array, batch, room for it
-
-
-@dataclass(frozen=True)
-class Case:
-    """Features that are written and read.
-
-    Attributes:
-        folder: for its files.
-        array: name of the feature array.
-        dtype: as stored.
-        shape: of one image.
-        images: N.
-    """
-
-    folder: Path
-    array: str
-    dtype: str
-    shape: tuple[int, ...]
-    images: int
-
-    @property
-    def image_bytes(self) -> int:
-        """Size of an image's features as stored."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def plain_images(self) -> int:
-        """Images in a file of the usual tools."""
-        return min(self.images, int(PLAIN_BYTES / self.image_bytes))
-
-    @cached_property
-    def pool(self) -> NDArray[np.float32]:
-        """(POOL, 1, *shape) float32 random numbers, as a backbone gives them."""
-        generator = np.random.default_rng(0)
-        return generator.standard_normal((POOL, 1, *self.shape), dtype=np.float32)
-
-    @cached_property
-    def stored(self) -> NDArray[Any]:
-        """The pool as stored."""
-        return self.pool.astype(self.dtype)
-
-    def batches(self, images: int) -> Iterator[tuple[range, slice]]:
-        """Yield the rows of each batch, and where in the pool they come from."""
-        for start in range(0, images, BATCH):
-            rows = range(start, min(start + BATCH, images))
-            yield rows, slice(start % POOL, start % POOL + len(rows))
 
 
 @dataclass(frozen=True)
@@ -164,20 +110,6 @@ def main(
     print_table([*(each.record() for each in contests), *notes])
 
 
-def make_case(
-    folder: Path,
-    kind: str,
-    dtype: str,
-    shape: tuple[int, ...],
-    *,
-    images: int = 0,
-    gb: float = 0.0,
-) -> Case:
-    """Return features of so many images, or gigabytes."""
-    image_bytes = prod(shape) * np.dtype(dtype).itemsize
-    return Case(folder, f"layer/{kind}", dtype, shape, images or int(gb * GB / image_bytes))
-
-
 def require_space(folder: Path, cases: Sequence[Case]) -> None:
     """Raise unless the files of the largest case fit: raw, two stores, three of the usual tools."""
     need = max(
@@ -204,10 +136,22 @@ def compare(
     for _ in range(rounds):
         for contest, run in zip(contests, contestants.values(), strict=True):
             before(RAW)
+            back_memory()
             contest.raw.append(rate(raw))
             before(contest.name)
+            back_memory()
             contest.rates.append(rate(run))
     return contests
+
+
+def back_memory() -> None:
+    """Touch half of what is free, so that it is as fast for one job as for the next.
+
+    The host of a virtual machine takes back memory that is free for some seconds, and to have it
+    again takes as long as to write it to a disk: whoever runs after a large file was removed, or a
+    page cache dropped, would win.
+    """
+    np.ones(free_memory() // 2, np.uint8)
 
 
 def rate(job: Job) -> float:
@@ -304,38 +248,6 @@ def layout(case: Case) -> Layout:
     )
 
 
-def write_plain(case: Case, tool: str) -> int:
-    """Assign slices of an array of one of the usual tools."""
-    path = case.folder / PLAIN[tool]
-    with opened(case, tool, create=True) as values:
-        for rows, part in case.batches(case.plain_images):
-            values[rows.start : rows.stop] = case.stored[part]
-    synced(path)
-    return case.plain_images * case.image_bytes
-
-
-@contextmanager
-def opened(case: Case, tool: str, *, create: bool = False) -> Iterator[Any]:
-    """Open an array of one of the usual tools; tokens are in chunks of an image, within shards."""
-    path, shape = case.folder / PLAIN[tool], (case.plain_images, 1, *case.shape)
-    shard = (SHARD_ROWS, *shape[1:])
-    chunks = (1, *shape[1:]) if len(case.shape) > 1 else shard
-    if tool == "h5py":
-        with h5py.File(path, "w" if create else "r") as file:
-            if create:
-                file.create_dataset("values", shape, case.dtype, chunks=chunks)
-            yield file["values"]
-    elif tool == "np.memmap":
-        yield np.lib.format.open_memmap(path, "w+" if create else "r", case.dtype, shape)
-    elif create:
-        shards = None if chunks == shard else shard
-        yield zarr.create_array(
-            path, shape=shape, dtype=case.dtype, chunks=chunks, shards=shards, compressors=None
-        )
-    else:
-        yield zarr.open_array(path, mode="r")
-
-
 # Reading
 
 
@@ -389,25 +301,6 @@ def read_epoch(case: Case, store: FeatureStore, ahead: int, *, check: bool) -> i
     return sum(each.nbytes for each in batches.read(shuffled(units, BATCH, seed=0, epoch=0)))
 
 
-def read_plain(case: Case, tool: str, take: Take, done: list[int]) -> int:
-    """Read batches of an epoch for some seconds, and note their sizes."""
-    room = np.empty((BATCH, 1, *case.shape), case.dtype)
-    end = time.perf_counter() + PLAIN_SECONDS
-    with opened(case, tool) as values:
-        for batch in shuffled(np.arange(case.plain_images), BATCH, seed=0, epoch=0):
-            take(values, batch, room)
-            done.append(len(batch))
-            if time.perf_counter() > end:
-                break
-    return sum(done) * case.image_bytes
-
-
-def row_by_row(values: Any, batch: NDArray[np.intp], room: NDArray[Any]) -> None:
-    """Read a batch as HDF5 likes it best."""
-    for place, row in enumerate(batch.tolist()):
-        values.read_direct(room, np.s_[row], np.s_[place])
-
-
 def load(case: Case, rounds: int) -> list[Contest]:
     """Compare loading a whole array into memory."""
     raw, before = partial(load_raw, case), partial(drop_cache, case.folder)
@@ -434,12 +327,6 @@ def load_raw(case: Case) -> int:
 def load_store(store: FeatureStore, *, check: bool) -> int:
     """Load the pooled features of a store."""
     return store.pooled(check=check).nbytes
-
-
-def load_plain(case: Case, tool: str) -> int:
-    """Load an array of one of the usual tools."""
-    with opened(case, tool) as values:
-        return int(values[:].nbytes)
 
 
 # Opening, memory and files
@@ -481,29 +368,9 @@ def note_row(job: str, name: str, note: str) -> dict[str, str]:
     return {"job": job, "who": name, **blank, "of": note}
 
 
-def size_of(case: Case, images: int) -> str:
-    """Return e.g. ``9,965 images, 8.0 GB``."""
-    return f"{images:,} images, {images * case.image_bytes / GB:.1f} GB"
-
-
 def remove(path: Path) -> None:
     """Remove a file or folder that may be there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def synced(path: Path) -> int:
-    """Wait until the disk has a file, or all files of a folder; return their bytes."""
-    total = 0
-    for each in files_of(path):
-        with each.open("rb") as file:
-            os.fsync(file.fileno())
-            total += os.fstat(file.fileno()).st_size
-    return total
-
-
-def files_of(path: Path) -> list[Path]:
-    """Return a file, or all files of a folder."""
-    return [each for each in (path, *path.rglob("*")) if each.is_file()]
 
 
 def may_drop_caches() -> bool:
@@ -519,15 +386,6 @@ def drop_cache(folder: Path, _: str) -> None:
     for path in files_of(folder):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# How the usual tools read a batch.
-TAKES: dict[str, tuple[str, Take]] = {
-    "zarr-python, oindex": ("zarr-python", lambda values, batch, _: values.oindex[batch]),
-    "h5py, fancy": ("h5py", lambda values, batch, _: values[np.sort(batch)]),
-    "h5py, read_direct": ("h5py", row_by_row),
-    "np.memmap, fancy": ("np.memmap", lambda values, batch, _: values[batch]),
-}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """calibrate_arrays(): the scales of int8 arrays, from a sample of the images."""
 
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
@@ -12,9 +13,7 @@ from mlc.datasets.images import ImageSet
 from mlc.extract.backbone import Backbone
 from mlc.extract.stream import stream_features
 from mlc.store.layout import Layout
-from mlc.store.quantize import calibrate
-
-SAMPLE_IMAGES = 256  # of 196 tokens of 2,048 channels: 50,176 numbers a channel, 411 MB in all
+from mlc.store.quantize import calibrate, choose_sample
 
 
 def calibrate_arrays(
@@ -22,16 +21,15 @@ def calibrate_arrays(
 ) -> Layout:
     """Return a layout with the scales of its int8 arrays, if it has any.
 
-    The sample is spread evenly over the images, so it and the scales are the same every time.
-
     Raises:
         MlcError: not one image of the sample is good.
     """
     int8 = [array for array in layout.arrays if layout.dtype(array) == np.int8]
     if not int8:
         return layout
-    chosen = np.linspace(0, len(images.file) - 1, min(SAMPLE_IMAGES, len(images.file))).round()
-    files = [images.root / str(images.file[int(row)]) for row in chosen]
+    image_values = sum(len(layout.key.views) * prod(layout.arrays[array]) for array in int8)
+    chosen = choose_sample(len(images.file), image_values)
+    files = [images.root / name for name in images.file[chosen].tolist()]
     size = layout.batch_size
     batches = [range(at, min(at + size, len(files))) for at in range(0, len(files), size)]
     parts: dict[str, list[Tensor]] = {array: [] for array in int8}

@@ -22,7 +22,6 @@ from mlc.store.checksums import row_crc32c
 from mlc.store.damage import mark_damaged, replace_names
 from mlc.store.lock import writer_lock
 from mlc.store.problems import BROKEN, Problem, bad_rows
-from mlc.store.shard import COUNTS
 from mlc.store.verify import verify
 from mlc.store.writer import StoreWriter
 
@@ -104,11 +103,10 @@ def _mend_hashes(
     """Take a photo's own hash where the row's checksum says that the stored one is damaged."""
     with closing(schema.format_of(path).open(path)) as backend:
         arrays = list(schema.feature_arrays(backend))
-        counts = [name(array) for array in arrays for name in COUNTS]
+        names = schema.small_arrays(arrays)
         for row in rows.tolist():
             with suppress(*BROKEN):  # what cannot be read says nothing
                 found = hash_content(files[row].read_bytes())
-                names = (*schema.ROW_ARRAYS, *counts)
                 small = {name: backend.read(name, row, row + 1) for name in names}
                 small[schema.CONTENT_HASH] = np.array([found])
                 # A killed repair left it pending; its checksum is of what it was before.

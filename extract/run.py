@@ -127,8 +127,7 @@ def extract(
         path, backbone.name, backbone.key.weights, backbone.licence, len(images.file)
     )
     layout = _layout(config, images, backbone)
-    labels = _labels(path, images)
-    files = _missing(path, images)
+    labels, files = _compare_with_store(path, images)
     if files:
         tell(forecast(backbone, layout, path, files, worker_count(config.workers)))
     if config.forecast:
@@ -237,34 +236,29 @@ def _from_anywhere(layout: Layout, path: Path, root: Path) -> Layout:
     return replace(layout, file=np.array([str(root.resolve() / each) for each in layout.file]))
 
 
-def _missing(path: Path, images: ImageSet) -> list[Path]:
-    """Return the files whose features a store lacks."""
-    files = [images.root / str(name) for name in images.file]
-    if not path.exists():
-        return files
-    with FeatureStore(path, unfinished=True) as store:
-        there = set(store.image_id[store.status != schema.PENDING].tolist())
-    ids = images.image_id.tolist()
-    return [file for image_id, file in zip(ids, files, strict=True) if image_id not in there]
+def _compare_with_store(path: Path, images: ImageSet) -> tuple[LabelTable, list[Path]]:
+    """Return what a store at a path will need, if there is one.
 
-
-def _labels(path: Path, images: ImageSet) -> LabelTable:
-    """Return the label table of a store: of these images, and what is known of its others.
+    Returns:
+        Its label table, of these images and of its others; the files whose features it lacks.
 
     Raises:
         MlcError: the others are labelled with other classes.
     """
-    beside = labels_path(path)
-    if not (path.exists() and beside.is_file()):
-        return images.labels
+    files = [images.root / str(name) for name in images.file]
+    if not path.exists():
+        return images.labels, files
     with FeatureStore(path, unfinished=True) as store:
+        there = store.image_id[store.status != schema.PENDING]
         others = np.isin(store.image_id, images.image_id, invert=True).any()
-    if not others:
-        return images.labels
+    missing = np.isin(images.image_id, there, invert=True)
+    lacking = [files[index] for index in np.flatnonzero(missing).tolist()]
+    beside = labels_path(path)
+    if not (others and beside.is_file()):
+        return images.labels, lacking
     earlier = load_labels(beside)
-    return merge_labels(
-        earlier.rows(np.isin(earlier.image_id, images.image_id, invert=True)), images.labels
-    )
+    kept = earlier.rows(np.isin(earlier.image_id, images.image_id, invert=True))
+    return merge_labels(kept, images.labels), lacking
 
 
 def _fill(

@@ -1,5 +1,6 @@
 """evaluate_on_store(): a trained head on the features of any store that its backbone made."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,12 @@ from mlc.configs.errors import MlcError, choose
 from mlc.datasets.labels import SPLITS, LabelTable, add_classes, select_classes
 from mlc.datasets.protocol import assign_splits
 from mlc.datasets.source import DATASETS
-from mlc.heads.inputs import LabelsConfig, join, read_features, read_labels
+from mlc.heads.inputs import EvalViews, LabelsConfig, join, read_features, read_labels
 from mlc.heads.metrics import evaluate
 from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities, score
+from mlc.store.key import current_key, feature_dtypes
 
 ALL = "all"  # every row of a table, whatever its split
 
@@ -35,25 +37,37 @@ def evaluate_on_store(
     """
     config = _with_own(run, config)
     in_views = (split,) if config.eval_views == "mean" else ()
+    trained_on = current_key(run.results["features"]["key"])
+    layer = run.config.layer or trained_on["layers"][0]
+    kind = choose(HEADS, run.config.head, "head").reads
     features = read_features(
-        config.features,
-        run.config.layer,
-        choose(HEADS, run.config.head, "head").reads,
-        all_views=bool(in_views),
-        check=config.check,
+        config.features, layer, kind, all_views=bool(in_views), check=config.check
     )
-    trained_on = run.results["features"]["key"]
-    for field, value in trained_on.items():
-        if features.key.get(field) != value:
+    asked, stored = (
+        _read_by_head(key, layer, kind, config.eval_views) for key in (trained_on, features.key)
+    )
+    for field, value in asked.items():
+        if stored.get(field) != value:
             raise MlcError(
                 f"{features.path}: made with other settings than the features of {run.path}: "
-                f"{field}: {features.key.get(field)!r}, the run has {value!r}"
+                f"{field}: {stored.get(field)!r}, the run has {value!r}"
             )
     table = labels_of_run(run, read_labels(config, features.path), choose_split(split))
     rows = join(features, table, choose_device(device), (split,), in_all_views=in_views)[split]
     head = run.head().to(rows.features.device)
     logits = score(head, rows, str(run.path), config.eval_views, config.check)
     return evaluate(probabilities(logits), rows.true, run.classes, run.config.threshold)
+
+
+def _read_by_head(
+    key: Mapping[str, Any], layer: str, kind: str, eval_views: EvalViews
+) -> dict[str, Any]:
+    """Return the fields of a key, of those that list what is stored only what a head reads."""
+    return dict(key) | {
+        "layers": layer,
+        "features": feature_dtypes(key["features"])[kind],
+        "views": key["views"] if eval_views == "mean" else key["views"][0],
+    }
 
 
 def _with_own(run: Run, config: LabelsConfig) -> LabelsConfig:

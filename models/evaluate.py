@@ -39,7 +39,7 @@ def evaluate_run(
     Args:
         run: the trained head.
         flags: fields of LabelsConfig; with ``data`` the images themselves are read, and scored in
-            their first view, whatever the run's ``eval_views``.
+            the views that the run's own ``eval_views`` takes.
         split: "train", "val", "test" or "all".
         weights: of the backbone, if its file moved.
         device: by default the GPU if there is one.
@@ -69,8 +69,6 @@ def evaluate_on_images(
     model: WholeModel, config: DataConfig, split: str = "test", progress: Progress = silent
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the metrics of a whole model on a split of a data set, and its bad images.
-
-    An image is scored in its first view, whatever the run's ``eval_views``.
 
     Raises:
         MlcError: the data set is not there or lacks a class of the run, or every image is bad.

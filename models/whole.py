@@ -1,10 +1,9 @@
 """WholeModel: the backbone that made a run's features, and the run's head on top of it."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +19,11 @@ from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.fill import batches_of
 from mlc.extract.run import worker_count
 from mlc.extract.stream import stream_features
+from mlc.heads.inputs import mean_of_views
 from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities
-from mlc.store.key import require_same_key
+from mlc.store.key import current_key, require_same_key
 from mlc.store.schema import feature
 
 
@@ -34,7 +34,7 @@ class WholeModel:
     Attributes:
         run: what was trained.
         backbone: as it was when the features were made, of which it gives those that the head
-            reads, of its layer and of the first view.
+            reads, of its layer and of the views that the run's ``eval_views`` takes.
         head: of the run, on the backbone's device.
     """
 
@@ -60,7 +60,8 @@ class WholeModel:
         name = feature(self.backbone.key.layers[0], HEADS[self.run.config.head].reads)
         for batch in stream_features(self.backbone, files, batches, worker_count(None)):
             with torch.inference_mode():
-                scores = self.head(batch.features[name][:, 0]).cpu().numpy()
+                of_views = [self.head(view) for view in batch.features[name].unbind(1)]
+                scores = mean_of_views(of_views).cpu().numpy()
             good = batch.error == ""
             logits[np.asarray(batch.rows)[good]] = scores[good]
             bad |= {
@@ -87,13 +88,13 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
             f"{run.path}: was trained on imported features, and no backbone here makes the same "
             "of images; train on a store of mlc extract to use a run on images"
         )
-    stored = _current_key(made["key"])
+    stored = current_key(made["key"])
     settings = dict(made["backbone_config"]) | {
         "device": device,
         "precision": stored["precision"],
         "layers": (run.config.layer or stored["layers"][0],),
         "features": (choose(HEADS, run.config.head, "head").reads,),
-        "views": tuple(stored["views"][:1]),
+        "views": tuple(stored["views"][: None if run.config.eval_views == "mean" else 1]),
     }
     if weights is not None:
         settings["weights"] = weights
@@ -107,14 +108,6 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     )
     require_same_key(run.path, stored, asked)
     return WholeModel(run, backbone, run.head().to(backbone.device))
-
-
-def _current_key(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded key with the fields of today: earlier ones had the dtype of "pooled"."""
-    fields = dict(key)
-    if "dtype" in fields:
-        fields["features"] = [f"pooled:{fields.pop('dtype')}"]
-    return fields
 
 
 def predict(

@@ -10,6 +10,7 @@ from mlc.configs.errors import MlcError
 from mlc.report.compare_stores import Comparison, array_records, head_records
 from mlc.report.console import print_table
 from mlc.store import schema
+from mlc.store.catalog import disk_usage
 from mlc.store.problems import bad_rows
 from mlc.store.reader import FeatureStore, labels_path
 from mlc.store.verify import Verification
@@ -39,7 +40,7 @@ def describe_store(path: Path) -> str:
         lines = [
             f"{path}: {'complete' if store.complete else 'unfinished'}, "
             + ", ".join(f"{count:,} {name}" for name, count in counts.items()),
-            f"size: {size_bytes(path) / 1e6:,.1f} MB",
+            f"size: {disk_usage(path.resolve()).nominal_bytes / 1e6:,.1f} MB",
             *(describe_array(store, array) for array in store.arrays),
             *(f"{field}: {value}" for field, value in store.key.items()),
             *(f"made by {field}: {value}" for field, value in store.made_by.items()),
@@ -61,12 +62,6 @@ def describe_array(store: FeatureStore, array: str) -> str:
         images = int((clipped > 0).any(axis=1).sum())
         of_clipped = f", {int(clipped.sum()):,} numbers of {images:,} images clipped"
     return f"{array}: {features.shape} {features.dtype}{of_grid}{of_clipped}"
-
-
-def size_bytes(path: Path) -> int:
-    """Return the size of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(each.stat().st_size for each in files if each.is_file())
 
 
 def print_verification(path: Path, found: Verification) -> None:

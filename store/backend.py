@@ -41,7 +41,10 @@ class Backend(Protocol):
 
     @classmethod
     def restore_length(cls, path: Path) -> None:
-        """Make files that were cut off as long as they were; what is lost is zeros then."""
+        """Make files that were cut off as long as they were; what is lost is zeros then.
+
+        Hold the ``writer_lock``.
+        """
         ...
 
     @classmethod

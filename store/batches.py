@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from mlc.configs.errors import MlcError
 from mlc.configs.free_memory import free_memory
 from mlc.store.features import THREADS, FeatureArray
+from mlc.store.open_files import OpenFiles
 
 MOST_OF_MEMORY = 0.6  # of what is free: the rest is the heads', and other people's
 READ_AHEAD_BYTES = 1 << 30  # default of what batches off the disk may take
@@ -73,7 +74,7 @@ def open_batches(
         device: where batches are wanted.
         place: as ``place_for`` says.
         batch_size: units of the largest batch.
-        read_ahead_bytes: what batches off the disk may take, two of them at least.
+        read_ahead_bytes: what batches off the disk may take, three of them at least.
         check: compare with the checksums, once or, off the disk, each time.
 
     Raises:
@@ -147,9 +148,10 @@ class DiskBatches:
                 f"got {read_ahead_bytes:,}; allow more, or take a smaller batch"
             )
         self._array, self._device, self._check = array, device, check
-        shape = (read_ahead_bytes // batch_bytes, batch_size, *array.unit_shape)
-        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        self._ring = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        places = read_ahead_bytes // batch_bytes
+        self._ring = _empty((places, batch_size, *array.unit_shape), array.dtype, device)
+        # A thread reads as much at once as still leaves work for all.
+        self._parts_of_batch = -(-THREADS // (places - 2))
         self._reading = False
         # When the copy of each place of the ring to a GPU has ended.
         self._copied: dict[int, torch.cuda.Event] = {}
@@ -170,21 +172,21 @@ class DiskBatches:
 
     def _read(self, batches: Iterable[NDArray[np.intp]]) -> Iterator[Tensor]:
         ahead: deque[tuple[int, Tensor, list[Future[object]]]] = deque()
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
+        with OpenFiles() as files, ThreadPoolExecutor(THREADS, thread_name_prefix="read") as pool:
             try:
                 for turn, batch in enumerate(batches):
                     # Two batches of the ring are the caller's: the last that was yielded, and the
                     # one before, which may still be on its way to a GPU.
                     if len(ahead) > len(self._ring) - 3:
                         yield self._take(*ahead.popleft())
-                    ahead.append(self._submit(pool, turn, batch))
+                    ahead.append(self._submit(pool, files, turn, batch))
                 while ahead:
                     yield self._take(*ahead.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _submit(
-        self, pool: ThreadPoolExecutor, turn: int, batch: NDArray[np.intp]
+        self, pool: ThreadPoolExecutor, files: OpenFiles, turn: int, batch: NDArray[np.intp]
     ) -> tuple[int, Tensor, list[Future[object]]]:
         """Have threads fill a place of the ring, some units each."""
         place = turn % len(self._ring)
@@ -192,13 +194,13 @@ class DiskBatches:
         if place in self._copied:
             self._copied.pop(place).synchronize()
         values = room.numpy()
-        step = -(-len(batch) // THREADS)
+        step = -(-len(batch) // self._parts_of_batch)
         parts = [slice(start, start + step) for start in range(0, len(batch), step)]
         return (
             place,
             room,
             [
-                pool.submit(self._array.read, batch[part], values[part], check=self._check)
+                pool.submit(self._array.read, batch[part], values[part], files, check=self._check)
                 for part in parts
             ],
         )
@@ -211,3 +213,11 @@ class DiskBatches:
             self._copied[place] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied[place].record(torch.cuda.current_stream(self._device))
         return taken
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], device: torch.device) -> Tensor:
+    """Return room in memory that a device takes batches from."""
+    if device.type == "cuda":
+        of_torch = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=of_torch, pin_memory=True)
+    return torch.from_numpy(np.empty(shape, dtype))  # in huge pages, for which torch does not ask

@@ -14,7 +14,6 @@ from mlc.store.checksums import row_crc32c
 from mlc.store.features import FeatureArray
 from mlc.store.problems import BROKEN
 from mlc.store.reader import FeatureStore
-from mlc.store.shard import COUNTS
 
 
 class SourceDamaged(MlcError):
@@ -58,11 +57,11 @@ def read_source(store: FeatureStore) -> Source:
     Raises:
         SourceDamaged: it is not as it was written.
     """
-    names = [name(array) for array in store.arrays for name in COUNTS]
+    names = schema.small_arrays(store.arrays)
     rows = len(store.image_id)
     try:
         with closing(schema.format_of(store.path).open(store.path)) as backend:
-            columns = {name: backend.read(name, 0, rows) for name in (*schema.ROW_ARRAYS, *names)}
+            columns = {name: backend.read(name, 0, rows) for name in names}
             shard_rows: int = backend.attributes()["shard_rows"]
         arrays = {array: store.features(*array.rsplit("/", 1)) for array in store.arrays}
         bad = np.flatnonzero(row_crc32c(columns, list(arrays)) != columns[schema.ROW_CRC32C])

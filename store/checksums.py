@@ -23,7 +23,7 @@ def row_crc32c(values: Mapping[str, NDArray[Any]], arrays: Sequence[str]) -> NDA
         (n,) uint32.
     """
     texts = [values[name].tolist() for name in TEXTS]
-    counts = [values[name(array)] for array in arrays for name in (schema.crc, schema.clipped)]
+    counts = [values[name] for name in schema.count_arrays(arrays)]
     numbers = np.concatenate([values[schema.STATUS][:, None], *counts], axis=1).astype("<u4")
     data, width = numbers.tobytes(), numbers.shape[1] * numbers.itemsize
     rows = (

@@ -20,17 +20,15 @@ from mlc.store import schema
 from mlc.store.backend import Array, Backend
 from mlc.store.checked_source import Source, SourceDamaged, read_source
 from mlc.store.converted_key import converted_key, converted_path, key_of
-from mlc.store.full_disk import is_full
+from mlc.store.full_disk import full_disk
 from mlc.store.key import FeatureKey
 from mlc.store.layout import Layout, open_for_writing, rows_of
 from mlc.store.lock import writer_lock
-from mlc.store.quantize import calibrate, decode_numpy, encode
+from mlc.store.quantize import calibrate, choose_sample, decode_numpy, encode
 from mlc.store.reader import FeatureStore, labels_path
 from mlc.store.remove import remove_store
-from mlc.store.shard import ShardWriter
+from mlc.store.shard import Encoded, ShardWriter
 
-SAMPLE_IMAGES = 256  # that int8 is calibrated with, or fewer if they are large
-SAMPLE_BYTES = 128 << 20  # of float32: calibration takes seconds for each 100 MB
 BATCH_BYTES = 64 << 20  # of float32, converted at once
 CONVERTED_FROM = "converted_from"  # in ``made_by``
 
@@ -98,18 +96,13 @@ def convert(
 @contextmanager
 def _keeping(path: Path) -> Iterator[None]:
     """Say of a store that is only filled in part that it is kept."""
+    kept = "what was converted is kept"
     try:
-        yield
+        with full_disk(path, f"{kept}; free space, the same command goes on from there"):
+            yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"{path}: stopped, what was converted is kept; the same command goes on from there"
-        ) from None
-    except (OSError, RuntimeError) as error:
-        if not is_full(error):
-            raise
-        raise MlcError(
-            f"{path}: the disk is full, what was converted is kept; free space, the same command "
-            "goes on from there"
+            f"{path}: stopped, {kept}; the same command goes on from there"
         ) from None
 
 
@@ -170,10 +163,7 @@ def _scale(source: Source, name: str) -> NDArray[np.float32]:
     good = np.flatnonzero(source.store.status == schema.OK)
     if not len(good):
         raise MlcError(f"{array.path}: has no good image to calibrate int8 with")
-    image_bytes = prod(array.shape[1:]) * np.dtype(np.float32).itemsize
-    count = min(len(good), SAMPLE_IMAGES, max(1, SAMPLE_BYTES // image_bytes))
-    rows = good[np.linspace(0, len(good) - 1, count).round().astype(np.intp)]
-    stored = source.read(name, rows)
+    stored = source.read(name, good[choose_sample(len(good), prod(array.shape[1:]))])
     scale: NDArray[np.float32] = calibrate(torch.from_numpy(decode_numpy(stored))).numpy()
     return scale
 
@@ -255,7 +245,7 @@ class _Target:
                 stored, beyond = _encode(decode_numpy(stored), dtype, scale)
                 # What float16 clipped is at the end of its range, where int8 clips it again.
                 counts = np.maximum(counts, beyond)
-            writer.write(rows, {array: (stored, counts)})
+            writer.write(rows, {array: Encoded.with_checksums(stored, counts)})
 
     def _scale(self, array: str) -> NDArray[np.float32]:
         scale: NDArray[np.float32] = self.backend.read(schema.scale(array))

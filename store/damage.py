@@ -53,9 +53,8 @@ def _blanks(backend: Backend, rows: range) -> dict[str, NDArray[Any]]:
     blanks[schema.STATUS] = np.zeros(len(rows), schema.STATUS_DTYPE)
     blanks[schema.ROW_CRC32C] = np.zeros(len(rows), schema.COUNT_DTYPE)
     views = len(backend.attributes()["key"]["views"])
-    for array in schema.feature_arrays(backend):
-        for name in (schema.crc(array), schema.clipped(array)):
-            blanks[name] = np.zeros((len(rows), views), schema.COUNT_DTYPE)
+    for name in schema.count_arrays(schema.feature_arrays(backend)):
+        blanks[name] = np.zeros((len(rows), views), schema.COUNT_DTYPE)
     return blanks
 
 

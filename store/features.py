@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.store import schema
 from mlc.store.backend import Backend
+from mlc.store.open_files import OpenFiles
 from mlc.store.quantize import decode_numpy
 from mlc.store.units import DamagedUnits, Units, crc32c, read_units
 
@@ -65,13 +66,19 @@ class FeatureArray:
         return rows * len(self.views) + view
 
     def read(
-        self, which: NDArray[np.intp], out: NDArray[Any] | None = None, *, check: bool = True
+        self,
+        which: NDArray[np.intp],
+        out: NDArray[Any] | None = None,
+        files: OpenFiles | None = None,
+        *,
+        check: bool = True,
     ) -> NDArray[Any]:
         """Read units as they are stored.
 
         Args:
             which: (n,) units, in any order.
             out: (n, ...) to fill, C-contiguous, of the stored dtype; else a new array.
+            files: kept open from one call to the next.
             check: compare with the checksums.
 
         Returns:
@@ -85,7 +92,7 @@ class FeatureArray:
             self._read_by_library(which, values)
         else:
             try:
-                read_units(self.units, which, values)
+                read_units(self.units, which, values, files)
             except DamagedUnits as error:
                 raise self._damage(error.units, str(error)) from None
         if check:

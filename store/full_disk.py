@@ -1,7 +1,7 @@
 """full_disk(): a disk without space, said in a sentence instead of in an error of a library."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def full_disk(path: Path, kept: str | Callable[[], str]) -> Iterator[None]:
+def full_disk(path: Path, kept: str) -> Iterator[None]:
     """Raise an MlcError for what libraries raise in a block when the disk is full.
 
     Args:
@@ -23,8 +23,7 @@ def full_disk(path: Path, kept: str | Callable[[], str]) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # HDF5 raises RuntimeError when a file is closed
         if not is_full(error):
             raise
-        said = kept if isinstance(kept, str) else kept()
-        raise MlcError(f"{path}: the disk is full, {said}") from None
+        raise MlcError(f"{path}: the disk is full, {kept}") from None
 
 
 def is_full(error: BaseException | None) -> bool:

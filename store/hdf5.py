@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, ClassVar, Self
 
 import h5py
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.store.backend import Array, longest
 from mlc.store.journal import journal_path, journaled, roll_back
+from mlc.store.lock import writer_lock
 from mlc.store.units import LOST, Units
 
 META_BYTES = 1 << 16  # of groups, headers and attributes
 META_BYTES_OF_CHUNK = 128  # of a B-tree whose nodes are half full: 114 were measured
+UNDO_SECONDS = 2.0  # that readers wait for another that undoes a growth
 SMALLEST_OFFSET = 96  # the length of a superblock
 SIGNATURE, EOF_OFFSET = b"\x89HDF\r\n\x1a\n", 40  # of a superblock of version 0
 
@@ -49,6 +52,7 @@ class Hdf5Backend:
     @classmethod
     def restore_length(cls, path: Path) -> None:
         """Bring a file that was cut off to its length again, for HDF5 refuses to open it."""
+        roll_back(path)
         with path.open("r+b") as file:
             head = file.read(EOF_OFFSET + 8)
             if len(head) == EOF_OFFSET + 8 and head.startswith(SIGNATURE):
@@ -58,16 +62,16 @@ class Hdf5Backend:
 
     @classmethod
     def open(cls, path: Path, *, write: bool = False) -> Self:
-        """Open a file; HDF5 itself refuses a second writer."""
+        """Open a file; HDF5 itself refuses a second writer.
+
+        A growth that was cut off is undone before, by whoever comes first.
+        """
         if write and path.exists() and not os.access(path, os.W_OK):
             raise MlcError(f"{path}: no permission to write to it, or a read-only disk")
         if write:
             roll_back(path)
-        elif journal_path(path).exists():
-            raise MlcError(
-                f"{path}: images are being added to it, or were when a process was killed; "
-                "run the same mlc extract again"
-            )
+        else:
+            _undo_growth(path)
         try:
             return cls(path, h5py.File(path, "r+" if write else "r"))
         except FileNotFoundError:
@@ -246,6 +250,28 @@ class Hdf5Backend:
         if name not in self._file:
             raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
         return self._file[name]
+
+
+def _undo_growth(path: Path) -> None:
+    """Undo a growth that was cut off, whoever comes first; others wait for that.
+
+    Raises:
+        MlcError: images are being added by a living process, or nothing can be written here.
+    """
+    deadline = monotonic() + UNDO_SECONDS
+    while journal_path(path).exists():
+        if not (os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)):
+            raise MlcError(
+                f"{path}: a process was killed that added images, and to undo that here there is "
+                "no permission; run the same mlc extract again, or open it where it may be written"
+            )
+        try:
+            with writer_lock(path):
+                roll_back(path)
+        except MlcError:
+            if monotonic() > deadline:
+                raise
+            sleep(0.02)
 
 
 def _distrust(place: NDArray[np.int64], chunk_bytes: int, file_bytes: int) -> None:

@@ -85,6 +85,14 @@ def feature_dtypes(features: Sequence[str]) -> dict[str, str]:
     return {kind: dtypes[kind] for kind in DEFAULT_DTYPES if kind in dtypes}
 
 
+def current_key(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded key with the fields of today: earlier ones had the dtype of "pooled"."""
+    fields = dict(key)
+    if "dtype" in fields:
+        fields["features"] = [f"pooled:{fields.pop('dtype')}"]
+    return fields
+
+
 def require_same_key(where: object, stored: Mapping[str, Any], asked: FeatureKey) -> None:
     """Raise an MlcError that names each field in which a store differs from what is asked."""
     wanted = asked.to_json()

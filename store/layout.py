@@ -18,6 +18,7 @@ from mlc.store.backend import Backend, longest
 from mlc.store.full_disk import full_disk
 from mlc.store.journal import journal_path
 from mlc.store.key import FeatureKey, require_same_key
+from mlc.store.shard import find_units
 from mlc.store.units import crc32c
 
 
@@ -99,6 +100,8 @@ def open_for_writing(path: Path, layout: Layout, *, alone: bool) -> Backend:
                 "by several workers; run mlc extract without --shard first"
             )
         if new.any():
+            for array in schema.feature_arrays(backend):
+                find_units(backend, array)  # refuses what could not be filled
             with full_disk(path, "no image was added; free space, the same command adds them"):
                 _grow(backend, layout.image_id[new], layout.file[new])
         return backend
@@ -170,9 +173,8 @@ def _lay_out(backend: Backend, layout: Layout) -> None:
     backend.create_array(schema.STATUS, (rows,), schema.STATUS_DTYPE, chunk)
     backend.create_array(schema.ROW_CRC32C, (rows,), schema.COUNT_DTYPE, chunk)
     views = len(layout.key.views)
-    for array in layout.arrays:
-        for name in (schema.crc(array), schema.clipped(array)):
-            backend.create_array(name, (rows, views), schema.COUNT_DTYPE, chunk)
+    for name in schema.count_arrays(layout.arrays):
+        backend.create_array(name, (rows, views), schema.COUNT_DTYPE, chunk)
     for array, scale in layout.scales.items():
         backend.create_array(schema.scale(array), scale.shape, schema.SCALE_DTYPE, len(scale))
         backend.write(schema.scale(array), 0, scale)
@@ -190,7 +192,7 @@ def _grow(backend: Backend, image_id: NDArray[np.str_], file: NDArray[np.str_]) 
         schema.IMAGE_ID: np.concatenate([backend.read(schema.IMAGE_ID, 0, rows), image_id]),
         schema.FILE: np.concatenate([backend.read(schema.FILE, 0, rows), file]),
     }
+    arrays = schema.feature_arrays(backend)
     names = [schema.CONTENT_HASH, schema.ERROR, schema.STATUS, schema.ROW_CRC32C]
-    for array in schema.feature_arrays(backend):
-        names += [array, schema.crc(array), schema.clipped(array)]
+    names += [*arrays, *schema.count_arrays(arrays)]
     backend.grow(rows + len(image_id), names, text)

@@ -21,6 +21,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8
 LARGEST_FLOAT16 = 65504.0
 LARGEST_INT8 = 127  # -128 is left out, so that a value and its negative cost the same
 
+SAMPLE_IMAGES = 256  # that int8 is calibrated with, or fewer if they are large
+SAMPLE_BYTES = 128 << 20  # of float32: calibration takes seconds for each 100 MB
+
 # Clips that are tried, as multiples of a channel's largest value, by quarter octaves.
 CLIPS = tuple(2 ** (-step / 4) for step in range(-8, 9))
 TAIL = 16  # at most so many of a channel's largest values say how fast its tail falls
@@ -46,7 +49,9 @@ class Cost:
     relative_rms: float
 
 
-def encode(values: Tensor, dtype: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    values: Tensor, dtype: str, scale: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return values as they are stored, and how many of each image and view were clipped.
 
     float16 rounds half to even; beyond +-65504 a value is clipped to that, never infinite.
@@ -57,9 +62,10 @@ def encode(values: Tensor, dtype: str, scale: Tensor | None = None) -> tuple[Ten
         values: (B, V, ..., C) float32, finite.
         dtype: a name in ``DTYPES``.
         scale: (C,) float32, positive, from ``calibrate``; float32 and float16 ignore it.
+        out: (B, V, ..., C) on the device, to be filled with the stored values.
 
     Returns:
-        (B, V, ..., C) stored values, for float32 the very tensor that was given;
+        (B, V, ..., C) stored values, ``out`` if given, else of float32 the very tensor;
         (B, V) int64 counts of clipped values.
 
     Raises:
@@ -71,8 +77,9 @@ def encode(values: Tensor, dtype: str, scale: Tensor | None = None) -> tuple[Ten
     stored_dtype = choose(DTYPES, dtype, "dtype of features")
     clipped = torch.zeros(values.shape[:2], dtype=torch.int64, device=values.device)
     if dtype == "float32":
-        return values, clipped
-    stored = torch.empty(values.shape, dtype=stored_dtype, device=values.device)
+        return values if out is None else out.copy_(values), clipped
+    device = values.device
+    stored = torch.empty(values.shape, dtype=stored_dtype, device=device) if out is None else out
     sources, targets, counts = values.flatten(0, 1), stored.flatten(0, 1), clipped.flatten()
     for block in _blocks(sources):
         fitting, beyond = _fit(sources[block], None if dtype == "float16" else _given(scale))
@@ -158,6 +165,18 @@ def decode_numpy(stored: Array, scale: NDArray[np.float32] | None = None) -> NDA
         source, None if scale is None else torch.tensor(scale)
     ).numpy()
     return values
+
+
+def choose_sample(images: int, image_values: int) -> NDArray[np.intp]:
+    """Return which of some images scales are chosen with: the same every time, spread evenly.
+
+    Args:
+        images: to choose from, at least 1.
+        image_values: numbers of an image's features.
+    """
+    most = max(1, SAMPLE_BYTES // (image_values * np.dtype(np.float32).itemsize))
+    count = min(images, SAMPLE_IMAGES, most)
+    return np.linspace(0, images - 1, count).round().astype(np.intp)
 
 
 def calibrate(sample: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ keeps its row, zeros in the features, and its reason in ``error``.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ def crc(array: str) -> str:
 def clipped(array: str) -> str:
     """Return the name of the counts of numbers that a feature array's dtype could not hold."""
     return f"{array}_clipped"
+
+
+def count_arrays(arrays: Iterable[str]) -> list[str]:
+    """Return the names of the (N, V) arrays that belong to some feature arrays."""
+    return [name(array) for array in arrays for name in (crc, clipped)]
+
+
+def small_arrays(arrays: Iterable[str]) -> list[str]:
+    """Return the names of everything that is small of a row of a store of some feature arrays."""
+    return [*ROW_ARRAYS, *count_arrays(arrays)]
 
 
 def scale(array: str) -> str:

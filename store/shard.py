@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,28 @@ from mlc.store.backend import Backend
 from mlc.store.checksums import row_crc32c
 from mlc.store.units import LOST, DamagedUnits, Units, crc32c, read_units, sync, write_units
 
-COUNTS = (schema.crc, schema.clipped)
 NAMES = (schema.IMAGE_ID, schema.FILE)
+
+
+class Encoded(NamedTuple):
+    """What is stored of n rows of a feature array.
+
+    Attributes:
+        values: (n, V, ...) of the stored dtype, C-contiguous.
+        crc32c: (n, V) uint32, their checksums.
+        clipped: (n, V), how many numbers the dtype could not hold.
+    """
+
+    values: NDArray[Any]
+    crc32c: NDArray[np.uint32]
+    clipped: NDArray[Any]
+
+    @classmethod
+    def with_checksums(cls, values: NDArray[Any], clipped: NDArray[Any]) -> "Encoded":
+        """Return values (n, V, ...) with their checksums."""
+        return cls(
+            values, crc32c(values.reshape(-1, *values.shape[2:])).reshape(clipped.shape), clipped
+        )
 
 
 class ShardWriter:
@@ -27,19 +47,17 @@ class ShardWriter:
         # Read once: they are one chunk of the names of all images.
         self._names = {name: backend.read(name, 0, self._rows) for name in NAMES}
         self._arrays = list(schema.feature_arrays(backend))
-        self._units = {array: self._find(array) for array in self._arrays}
+        self._units = {array: find_units(self._backend, array) for array in self._arrays}
         self._require_apart()
         self._touched: set[Path] = set()
         self._shard = -1
         self._counts: dict[str, NDArray[np.uint32]] = {}  # of the shard, (n, V)
 
-    def write(
-        self, rows: NDArray[np.intp], encoded: Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
-    ) -> None:
-        """Write stored numbers (n, V, ...) and counts (n, V) of rows of one shard."""
+    def write(self, rows: NDArray[np.intp], encoded: Mapping[str, Encoded]) -> None:
+        """Write what is stored of rows of one shard."""
         self._enter(int(rows[0]) // self._shard_rows)
-        for array, (values, clipped) in encoded.items():
-            self._put(array, rows, values.reshape(-1, *values.shape[2:]), clipped)
+        for array, each in encoded.items():
+            self._put(array, rows, each)
 
     def copy(self, source: int, row: int) -> None:
         """Give a row the features of another.
@@ -50,7 +68,8 @@ class ShardWriter:
         self._enter(row // self._shard_rows)
         for array, units in self._units.items():
             values = units.empty(units.views)
-            crc, clipped = (self._count(name(array), source) for name in COUNTS)
+            crc = self._count(schema.crc(array), source)
+            clipped = self._count(schema.clipped(array), source)
             try:
                 read_units(units, units.of_rows(np.array([source])), values)
             except DamagedUnits as error:
@@ -60,7 +79,7 @@ class ShardWriter:
                     f"{self._backend.path}: {array} of row {source} is damaged; "
                     "run mlc store repair"
                 )
-            self._put(array, np.array([row]), values, clipped[None])
+            self._put(array, np.array([row]), Encoded(values[None], crc[None], clipped[None]))
 
     def mark(
         self,
@@ -112,37 +131,21 @@ class ShardWriter:
                 "again to another --out"
             )
 
-    def _find(self, array: str) -> Units:
-        units = self._backend.units(array)
-        if units is None:
-            raise MlcError(
-                f"{self._backend.path}: {array} was rewritten with another codec, and can be read "
-                "only; extract to another --out"
-            )
-        return units
-
     def _enter(self, shard: int) -> None:
         """Begin a shard, whose rows keep their checksums until they are written."""
         if shard == self._shard:
             return
         start = shard * self._shard_rows
         rows = range(start, min(start + self._shard_rows, self._rows))
-        names = [name(array) for array in self._arrays for name in COUNTS]
-        self._counts = {name: self._read(name, rows) for name in names}
+        self._counts = {name: self._read(name, rows) for name in schema.count_arrays(self._arrays)}
         self._shard, self._touched = shard, set()
         for array in self._arrays:
             if self._backend.make_room(array, shard):
-                self._units[array] = self._find(array)
+                self._units[array] = find_units(self._backend, array)
 
-    def _put(
-        self,
-        array: str,
-        rows: NDArray[np.intp],
-        values: NDArray[Any],
-        clipped: NDArray[Any],
-    ) -> None:
-        """Write units (n*V, ...) of rows."""
+    def _put(self, array: str, rows: NDArray[np.intp], encoded: Encoded) -> None:
         units, within = self._units[array], rows - self._shard * self._shard_rows
+        values = encoded.values.reshape(-1, *units.shape)
         try:
             self._touched |= write_units(units, units.of_rows(rows), values)
         except DamagedUnits as error:
@@ -150,8 +153,8 @@ class ShardWriter:
                 f"{error}, so {array} has no place to be written to; extract the images again to "
                 "another --out"
             ) from None
-        self._counts[schema.crc(array)][within] = crc32c(values).reshape(-1, units.views)
-        self._counts[schema.clipped(array)][within] = clipped
+        self._counts[schema.crc(array)][within] = encoded.crc32c
+        self._counts[schema.clipped(array)][within] = encoded.clipped
 
     def _count(self, name: str, row: int) -> NDArray[Any]:
         """Return what is known of a row (V,), perhaps not marked yet."""
@@ -162,3 +165,20 @@ class ShardWriter:
 
     def _read(self, name: str, rows: range) -> NDArray[Any]:
         return self._backend.read(name, rows.start, rows.stop)
+
+
+def find_units(backend: Backend, array: str) -> Units:
+    """Return where the units of a feature array are to be written.
+
+    Raises:
+        MlcError: another tool has rewritten it with a codec, or with chunks of other rows.
+    """
+    units, shard_rows = backend.units(array), backend.attributes()["shard_rows"]
+    if units is not None:
+        shard = np.arange(len(units.file)) // (units.views * shard_rows)
+        if len(units.files) == 1 or np.array_equal(units.file, shard):
+            return units
+    raise MlcError(
+        f"{backend.path}: {array} was rewritten with another codec or chunks, and can be read "
+        "only; extract to another --out"
+    )

@@ -4,8 +4,10 @@ A unit is one view of one image: contiguous bytes, never compressed. Positioned 
 need neither h5py's global lock nor Zarr's codec pipeline, and run in any number of threads.
 """
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,6 +17,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from mlc.configs.errors import MlcError
+from mlc.store.open_files import OpenFiles
 
 MOST_BUFFERS = 1024  # of one preadv or pwritev: IOV_MAX on Linux
 INDEX = "its index is damaged"
@@ -71,32 +76,36 @@ class Units:
         return np.empty((count, *self.shape), self.dtype)
 
 
-def read_units(units: Units, which: NDArray[np.intp], out: NDArray[Any]) -> None:
+def read_units(
+    units: Units, which: NDArray[np.intp], out: NDArray[Any], files: OpenFiles | None = None
+) -> None:
     """Read units into ``out`` (n, *shape), neighbours in a file with one call.
 
     Args:
         units: their places.
         which: (n,) units, in any order.
         out: C-contiguous, of the stored dtype.
+        files: kept open from one call to the next; by default none is.
 
     Raises:
         DamagedUnits: a file is missing or ends too early.
+        MlcError: the process may not open another file.
     """
+    files = files or OpenFiles(most=0)
     buffers = _bytes_of(units, out)
     for file, offset, places in _runs(units, which):
         path = units.files[file]
         try:
             if offset == LOST:
                 raise EOFError(INDEX)
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                _read_run(fd, offset, buffers, places, units.unit_bytes)
-            finally:
-                os.close(fd)
+            with files.opened(path) as descriptor:
+                _read_run(descriptor, offset, buffers, places, units.unit_bytes)
         except FileNotFoundError:
             raise DamagedUnits(which[places], path, "missing") from None
         except (EOFError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise MlcError(f"{path}: {reason}; allow more, as with ulimit -n 4096") from None
             raise DamagedUnits(which[places], path, reason) from None
 
 
@@ -171,7 +180,7 @@ def _read_run(
 ) -> None:
     """Fill the buffers at ``places`` from consecutive bytes; as one if they are neighbours too."""
     first, count = int(places[0]), len(places)
-    if bool((np.diff(places) == 1).all()):
+    if count == 1 or bool((np.diff(places) == 1).all()):
         parts = [buffers[first : first + count].reshape(-1).data]
     else:
         parts = [buffers[place].data for place in places]
@@ -188,6 +197,9 @@ def _write_run(fd: int, offset: int, parts: list[memoryview]) -> None:
     written = 0
     while written < total:
         written += os.pwritev(fd, _after(parts, written), offset + written)
+    # Has Linux begin to write to the disk, which else waits until ``sync``, and then for long.
+    with suppress(OSError):
+        os.posix_fadvise(fd, offset, total, os.POSIX_FADV_DONTNEED)
 
 
 def _after(parts: list[memoryview], skip: int) -> list[memoryview]:

@@ -18,8 +18,9 @@ from mlc.store import schema
 from mlc.store.backend import Backend
 from mlc.store.full_disk import is_full
 from mlc.store.layout import Layout, open_for_writing
+from mlc.store.problems import BROKEN
 from mlc.store.quantize import encode
-from mlc.store.shard import ShardWriter
+from mlc.store.shard import Encoded, ShardWriter
 
 WRITES_AHEAD = 4  # batches that wait to be written, which bounds memory
 
@@ -27,8 +28,7 @@ WRITES_AHEAD = 4  # batches that wait to be written, which bounds memory
 class StoreWriter:
     """A store that is open for writing; hold its ``writer_lock``.
 
-    Features are checksummed and written by a thread while the next are made; when it falls behind,
-    ``write`` waits.
+    Features are written by a thread while the next are made; when it falls behind, ``write`` waits.
 
     Attributes:
         path: where the store is.
@@ -61,6 +61,9 @@ class StoreWriter:
         self._shard = ShardWriter(backend)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._room = BoundedSemaphore(WRITES_AHEAD)
+        # Encoded batches go to memory that is used again: fresh pages cost more than encoding
+        # while the page cache fills.
+        self._free: list[dict[str, Tensor]] = []
         self._failure: BaseException | None = None
 
     @classmethod
@@ -87,9 +90,14 @@ class StoreWriter:
         try:
             schema.require_version(backend.path, backend.attributes())
             return cls(backend)
-        except BaseException:
+        except BaseException as error:
             backend.close()
-            raise
+            if not isinstance(error, BROKEN) or isinstance(error, MlcError | OSError):
+                raise
+            raise MlcError(
+                f"{backend.path}: damaged ({type(error).__name__}: {error}); "
+                "see what with mlc store verify, mend it with mlc store repair"
+            ) from None
 
     def shards(self) -> list[range]:
         """Return the rows of all shards, in order."""
@@ -128,16 +136,17 @@ class StoreWriter:
             MlcError: an earlier write failed: the disk is full.
         """
         new = np.asarray(rows, np.intp)
-        encoded = {array: self._encode(array, values) for array, values in features.items()}
         keep = self.status[new] == schema.OK
+        if keep.all():
+            return
         if keep.any():
             new = new[~keep]
-            encoded = {
-                array: (values[~keep], clipped[~keep])
-                for array, (values, clipped) in encoded.items()
+            features = {
+                array: values[torch.from_numpy(~keep)] for array, values in features.items()
             }
-        if len(new):
-            self._submit(self._shard.write, new, encoded)
+        buffers = self._free.pop() if self._free else {}
+        encoded = {array: self._encode(array, each, buffers) for array, each in features.items()}
+        self._submit(self._write, new, encoded, buffers)
 
     def copy(self, source: int, row: int) -> None:
         """Give a row the features of another that was written before: of the same photo."""
@@ -256,12 +265,27 @@ class StoreWriter:
         self._thread.shutdown()
         self._backend.close()
 
-    def _encode(self, array: str, values: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _encode(self, array: str, values: Tensor, buffers: dict[str, Tensor]) -> Encoded:
         scale = self._scales.get(array)
         scale = None if scale is None else scale.to(values.device)
+        dtype = self._dtypes[array]
+        if len(buffers.get(array, ())) < len(values):
+            buffers[array] = torch.from_numpy(np.empty(values.shape, dtype))
+        out = buffers[array][: len(values)]
         with one_thread():  # two would wait for each other beside the thread that writes
-            stored, clipped = encode(values, self._dtypes[array].name, scale)
-        return stored.cpu().numpy(), clipped.cpu().numpy()
+            stored, clipped = encode(values, dtype.name, scale, None if values.is_cuda else out)
+        if values.is_cuda:
+            out.copy_(stored)
+        return Encoded.with_checksums(out.numpy(), clipped.cpu().numpy())
+
+    def _write(
+        self,
+        rows: NDArray[np.intp],
+        encoded: Mapping[str, Encoded],
+        buffers: dict[str, Tensor],
+    ) -> None:
+        self._shard.write(rows, encoded)
+        self._free.append(buffers)
 
     def _mark(
         self,

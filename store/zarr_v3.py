@@ -2,25 +2,25 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import google_crc32c
 import numpy as np
 import zarr
 import zarr.errors
-from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.codecs import BytesCodec, ShardingCodec
 from zarr.core.metadata import ArrayV3Metadata
 
 from mlc.configs.errors import MlcError
 from mlc.configs.files import written_aside
 from mlc.store.backend import Array
 from mlc.store.units import LOST, Units
-
-CRC_BYTES = 4
+from mlc.store.zarr_chunks import PARTIAL, Chunks, is_little, plain_chunks
+from mlc.store.zarr_shards import is_plain, make_index, read_index
 
 
 class ZarrBackend:
@@ -35,6 +35,7 @@ class ZarrBackend:
         self.path = path
         self._group = group
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._chunks: dict[str, Chunks | None] = {}
 
     @classmethod
     def create(cls, path: Path, chunks: int) -> Self:
@@ -81,7 +82,7 @@ class ZarrBackend:
 
     def clear_leftovers(self) -> None:
         """Remove the chunks that a killed writer left half written; no other may be writing."""
-        for leftover in self.path.rglob("*.partial"):
+        for leftover in self.path.rglob(f"*{PARTIAL}"):
             leftover.unlink()
 
     def attributes(self) -> dict[str, Any]:
@@ -123,7 +124,9 @@ class ZarrBackend:
 
     def create_text(self, name: str, rows: int, max_bytes: int, chunk_rows: int) -> None:
         """Lay out text of any length."""
-        self._group.create_array(name, shape=(rows,), dtype=str, chunks=(chunk_rows,))
+        self._group.create_array(
+            name, shape=(rows,), dtype=str, chunks=(chunk_rows,), compressors=None
+        )
 
     def _create(
         self,
@@ -173,11 +176,11 @@ class ZarrBackend:
         offset = np.tile(np.arange(shard_rows * views) * unit_bytes, (shards, 1))
         files = tuple(self._file(name, shard) for shard in range(shards))
         if isinstance(codec, ShardingCodec):
-            if not _is_plain(codec, array.dtype) or codec.chunk_shape != (1, 1, *item):
+            if not is_plain(codec, array.dtype) or codec.chunk_shape != (1, 1, *item):
                 return None
             for shard, file in enumerate(files):
-                offset[shard] = _read_index(file, shard_rows * views, unit_bytes)
-        elif not _is_little(codec, array.dtype):
+                offset[shard] = read_index(file, shard_rows * views, unit_bytes)
+        elif not is_little(codec, array.dtype):
             return None
         units = np.arange(rows * views)
         places = offset.reshape(-1)[: len(units)]
@@ -198,17 +201,17 @@ class ZarrBackend:
             if array.shards is None:
                 return False
             units = prod(array.shards[:2])
-            if (_read_index(file, units, unit_bytes) != LOST).all():
+            if (read_index(file, units, unit_bytes) != LOST).all():
                 return False
             with file.open("r+b") as damaged:  # it was damaged, or left out chunks of zeros
-                damaged.write(_index(units, unit_bytes))
+                damaged.write(make_index(units, unit_bytes))
             return True
         file.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(file) as partial, partial.open("wb") as out:
+        with written_aside(file) as aside, aside.open("wb") as out:
             if array.shards is None:
                 out.truncate(prod(array.chunks) * array.dtype.itemsize)
             else:
-                out.write(_index(prod(array.shards[:2]), unit_bytes))
+                out.write(make_index(prod(array.shards[:2]), unit_bytes))
         return False
 
     def lost_chunks(self, name: str, rows: int) -> list[str]:
@@ -227,17 +230,21 @@ class ZarrBackend:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""
-        try:
+        with self._readable(name):
+            chunks, rows = self._plain(name), self.shape(name)[0]
+            if chunks is not None:
+                return chunks.read(start, rows if stop is None else min(stop, rows))
             values = np.asarray(self._array(name)[start:stop])
-        except (ValueError, RuntimeError) as error:
-            raise MlcError(
-                f"{self.path}: damaged, a chunk of {name} cannot be read ({error})"
-            ) from None
         return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=np.str_)
 
     def write(self, name: str, start: int, values: Array) -> None:
         """Write rows."""
-        self._array(name)[start : start + len(values)] = values
+        with self._readable(name):
+            chunks = self._plain(name)
+            if chunks is not None:
+                chunks.write(start, values)
+            else:
+                self._array(name)[start : start + len(values)] = values
 
     def reset(self, name: str, start: int, blank: Array) -> None:
         """Write blank rows over a chunk that may be unreadable."""
@@ -251,6 +258,21 @@ class ZarrBackend:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            raise MlcError(
+                f"{self.path}: damaged, a chunk of {name} cannot be read "
+                f"({error or type(error).__name__}); mend it with mlc store repair"
+            ) from None
+
+    def _plain(self, name: str) -> Chunks | None:
+        if name not in self._chunks:
+            self._chunks[name] = plain_chunks(self._metadata(name), partial(self._file, name))
+        return self._chunks[name]
 
     def _metadata(self, name: str) -> ArrayV3Metadata:
         metadata = self._array(name).metadata
@@ -266,48 +288,3 @@ class ZarrBackend:
             # A chunk of zeros is written too, so that an absent one is a lost one.
             self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
-
-
-def _is_little(codec: object, dtype: np.dtype[Any]) -> bool:
-    """Return whether a codec leaves numbers as they are in memory."""
-    if not isinstance(codec, BytesCodec):
-        return False
-    return dtype.itemsize == 1 or (codec.endian is not None and codec.endian.value == "little")
-
-
-def _is_plain(codec: ShardingCodec, dtype: np.dtype[Any]) -> bool:
-    """Return whether chunks are raw little-endian numbers and the index is as we read it."""
-    index_codecs = [type(each) for each in codec.index_codecs]
-    return (
-        len(codec.codecs) == 1
-        and _is_little(codec.codecs[0], dtype)
-        and index_codecs == [BytesCodec, Crc32cCodec]
-        and codec.index_location.value == "start"
-    )
-
-
-def _index(units: int, unit_bytes: int) -> bytes:
-    """Return the index of a shard of units in order: (offset, size) of each, and a checksum."""
-    pairs = np.empty((units, 2), dtype="<u8")
-    pairs[:, 1] = unit_bytes
-    pairs[:, 0] = pairs.nbytes + CRC_BYTES + np.arange(units) * unit_bytes
-    data = pairs.tobytes()
-    return data + _crc32c(data)
-
-
-def _read_index(file: Path, units: int, unit_bytes: int) -> NDArray[np.int64]:
-    """Return the offset of each unit of a shard, where a file that is not there would have it."""
-    size = units * 2 * 8
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(size + CRC_BYTES)
-    except FileNotFoundError:
-        data = _index(units, unit_bytes)
-    if _crc32c(data[:size]) != data[size:]:
-        return np.full(units, LOST, dtype=np.int64)
-    pairs = np.frombuffer(data[:size], dtype="<u8").reshape(-1, 2)
-    return np.where(pairs[:, 1] == unit_bytes, pairs[:, 0].astype(np.int64), LOST)
-
-
-def _crc32c(data: bytes) -> bytes:
-    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")

@@ -158,7 +158,6 @@ def spoil(
     if not noticed:
         backend.write(schema.crc(name), row, crc32c(stored[0])[None])
         arrays = list(schema.feature_arrays(backend))
-        counts = [each(array) for array in arrays for each in (schema.crc, schema.clipped)]
-        small = {each: backend.read(each, row, row + 1) for each in (*schema.ROW_ARRAYS, *counts)}
+        small = {each: backend.read(each, row, row + 1) for each in schema.small_arrays(arrays)}
         backend.write(schema.ROW_CRC32C, row, row_crc32c(small, arrays))
     backend.close()

@@ -1,6 +1,8 @@
 """A store that gets more images: only what is missing is extracted, and no photo twice."""
 
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import load_labels
 from mlc.extract.backbone import Backbone
+from mlc.extract.origin import Where
+from mlc.extract.repair import repair
 from mlc.extract.run import ExtractConfig, ExtractReport, extract
-from mlc.store import schema
+from mlc.store import hdf5, schema
+from mlc.store.journal import JournaledFile, journal_path
+from mlc.store.lock import writer_lock
 from mlc.store.reader import FeatureStore, labels_path
+from mlc.store.verify import verify
 
 SUFFIXES = [backend.suffix for backend in schema.FORMATS.values()]
 CLASSES = ("cat", "dog", "cow")
@@ -86,6 +93,72 @@ def assert_same(got: dict[str, NDArray[Any]], want: dict[str, NDArray[Any]]) -> 
     for image_id, values in got.items():
         # Another batch size may differ in the last bits.
         np.testing.assert_allclose(values, want[image_id], atol=1e-3, err_msg=image_id)
+
+
+@pytest.fixture
+def cut_off(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An HDF5 store as a process leaves it that is killed just before its growth is final."""
+    path, killed = tmp_path / "photos.h5", tmp_path / "killed"
+    run(table(folder, pictures.FILES[:7]), path)
+    commit = JournaledFile.commit
+
+    def leave(file: JournaledFile) -> None:
+        killed.mkdir()
+        for each in (path, journal_path(path)):
+            shutil.copy(each, killed)
+        commit(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournaledFile, "commit", leave)
+        run(table(folder, pictures.FILES), path)
+    for each in killed.iterdir():
+        each.replace(tmp_path / each.name)
+    return path
+
+
+def test_the_same_command_goes_on_where_a_growth_was_cut_off(folder: Path, cut_off: Path) -> None:
+    assert run(table(folder, pictures.FILES), cut_off).extracted == 5
+    assert not journal_path(cut_off).exists()
+    assert verify(cut_off).problems == []
+
+
+def test_a_store_whose_growth_was_cut_off_is_what_it_was(folder: Path, cut_off: Path) -> None:
+    assert len(features_of(cut_off)) == 7
+    assert not journal_path(cut_off).exists()
+
+
+def test_a_store_whose_growth_was_cut_off_is_verified_and_repaired(cut_off: Path) -> None:
+    journal = journal_path(cut_off).read_bytes()
+    grown = cut_off.read_bytes()
+    assert verify(cut_off).problems == []
+    cut_off.write_bytes(grown)
+    journal_path(cut_off).write_bytes(journal)
+    assert repair(cut_off, Where()).rows == 0
+    assert len(features_of(cut_off)) == 7
+
+
+def test_a_growth_that_is_under_way_is_not_undone(
+    cut_off: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hdf5, "UNDO_SECONDS", 0.1)
+    with writer_lock(cut_off), pytest.raises(MlcError, match="another process is writing to it"):
+        FeatureStore(cut_off)
+    assert journal_path(cut_off).exists()
+
+
+def test_many_readers_of_a_growth_that_was_cut_off_all_read(cut_off: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(features_of, [cut_off] * 4))
+    for each in found:
+        assert_same(each, found[0])
+
+
+def test_a_reader_without_permission_is_told_what_happened(
+    cut_off: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hdf5.os, "access", lambda *_: False)
+    with pytest.raises(MlcError, match="a process was killed that added images"):
+        FeatureStore(cut_off)
 
 
 @pytest.mark.parametrize("first", [1, 4, 5, 7])

@@ -86,3 +86,20 @@ def test_the_mean_over_one_view_is_refused(tmp_path: Path) -> None:
     run = trained(made_store.write(tmp_path), tmp_path / "run")
     with pytest.raises(MlcError, match=r"small.zarr: has one view of each image, 'original'; "):
         evaluate_on_store(run, LabelsConfig(eval_views="mean"))
+
+
+def test_a_store_may_hold_more_than_a_head_reads(store: Path, tmp_path: Path) -> None:
+    """write() has the first view of the first layer of write_views()."""
+    run = trained(made_store.write(tmp_path), tmp_path / "run")
+    got = evaluate_on_store(run, LabelsConfig(features=store))
+    assert got["mAP"] == pytest.approx(run.results["test"]["mAP"], abs=1e-9)
+
+
+def test_a_store_that_lacks_what_a_head_reads_is_refused(store: Path, tmp_path: Path) -> None:
+    few = made_store.write_views(tmp_path, 2)
+    run = trained(store, tmp_path / "run", layer="other", eval_views="mean")
+    with pytest.raises(MlcError, match=r"views: \['original', 'flip'\], the run has"):
+        evaluate_on_store(run, LabelsConfig(features=few))
+    assert evaluate_on_store(run, LabelsConfig(features=few, eval_views="first"))
+    with pytest.raises(MlcError, match="has no layer 'other'"):
+        evaluate_on_store(run, LabelsConfig(features=made_store.write(tmp_path)))

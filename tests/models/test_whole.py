@@ -13,6 +13,7 @@ from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.images import decode_image
 from mlc.heads.config import TrainConfig
+from mlc.heads.inputs import EvalViews
 from mlc.heads.run_folder import Run
 from mlc.models.whole import load_whole
 
@@ -46,13 +47,18 @@ def made_head(width: int) -> nn.Linear:
     return head
 
 
-def run_of(settings: dict[str, Any], layer: str | None = None, **changed: Any) -> Run:
+def run_of(
+    settings: dict[str, Any],
+    layer: str | None = None,
+    eval_views: EvalViews = "first",
+    **changed: Any,
+) -> Run:
     """A run that was trained on features of these settings."""
     config = BackboneConfig(**settings)
     key = load_backbone(config).key.to_json() | changed
     made = {"key": key, "backbone_config": config.model_dump(mode="json")}
     results = {"features": made, "classes": list(CLASSES)}
-    return MadeRun(Path("runs/made"), TrainConfig(layer=layer), results)
+    return MadeRun(Path("runs/made"), TrainConfig(layer=layer, eval_views=eval_views), results)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,20 @@ def test_logits_are_the_heads_of_its_layer_and_the_first_view(
     reference = load_backbone(BackboneConfig(**PLAIN | {"layers": (name,)}))
     want = straight_line([files[row] for row in good], reference, name, "views" in settings)
     np.testing.assert_allclose(logits[good], want.numpy(), rtol=0, atol=1e-4)
+
+
+def test_logits_are_the_mean_over_the_views_if_the_run_was_scored_so(files: list[Path]) -> None:
+    settings = PLAIN | {"views": ("orig", "flip")}
+    logits, bad = load_whole(run_of(settings, eval_views="mean"), device="cpu").logits(files)
+    good = [row for row in range(len(files)) if row not in bad]
+    backbone = load_backbone(BackboneConfig(**PLAIN))
+    views = [
+        straight_line([files[row] for row in good], backbone, "pre_logits", flip)
+        for flip in (False, True)
+    ]
+    want = (views[0] + views[1]) / 2
+    np.testing.assert_allclose(logits[good], want.numpy(), rtol=0, atol=1e-4)
+    assert float((views[0] - views[1]).abs().max()) > 1e-2
 
 
 def test_nothing_is_computed_that_the_head_does_not_read() -> None:

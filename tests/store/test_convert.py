@@ -29,7 +29,7 @@ from random_store import (
 
 from mlc.configs.errors import MlcError
 from mlc.store import convert as module
-from mlc.store import schema
+from mlc.store import quantize, schema
 from mlc.store.checked_source import SourceDamaged
 from mlc.store.convert import Conversion, convert
 from mlc.store.layout import Layout
@@ -180,12 +180,12 @@ def test_calibration_sees_good_images_that_are_evenly_spread(
     copy: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = copy(tmp_path / "a.zarr", WIDE)
-    monkeypatch.setattr(module, "SAMPLE_IMAGES", 4)
+    monkeypatch.setattr(quantize, "SAMPLE_IMAGES", 4)
     convert(source, tmp_path / "b.zarr", ["pooled:int8"])
     values = torch.from_numpy(features_of()["b.c/pooled"])
     scale = contents(tmp_path / "b.zarr")["b.c/pooled_scale"]
     np.testing.assert_array_equal(scale, calibrate(values[[0, 4, 6, 9]]).numpy())
-    monkeypatch.setattr(module, "SAMPLE_BYTES", 2 * 3 * 4 * 2)  # of two images
+    monkeypatch.setattr(quantize, "SAMPLE_BYTES", 2 * 3 * 4 * 2)  # of two images
     convert(source, tmp_path / "c.zarr", ["pooled:int8"])
     scale = contents(tmp_path / "c.zarr")["b.c/pooled_scale"]
     np.testing.assert_array_equal(scale, calibrate(values[[0, 9]]).numpy())

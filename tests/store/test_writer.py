@@ -141,6 +141,34 @@ def test_rows_that_are_not_done_stay_as_they_are(path: Path) -> None:
     assert_holds(fill(path, what), what)
 
 
+@pytest.mark.parametrize("features", [FEATURES, FLOAT16, INT8], ids="/".join)
+def test_what_was_handed_over_may_be_changed_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, features: tuple[str, ...]
+) -> None:
+    """More batches than wait to be written, in memory that is used again."""
+    what = content(numbered(40), 3, key=key_of(*features), reasons={})
+    may_write, write = threading.Event(), ShardWriter.write
+
+    def late(*arguments: Any) -> None:
+        may_write.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", late)
+    with writing(path, what.layout) as writer:
+        for shard in writer.shards():
+            _, _, content_hash, error = what.part(shard)
+            for rows in (range(shard.start, shard.start + 1), range(shard.start + 1, shard.stop)):
+                given = tensors(what, rows)
+                if len(rows):
+                    writer.write(rows, given)
+                for each in given.values():
+                    each.zero_()
+            writer.mark(shard, content_hash, error)
+            may_write.set()
+        writer.finish()
+    assert_holds(path, what)
+
+
 # --- every number is accounted for ---------------------------------------------------------------
 
 
