@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mlc import __version__
+from mlc.configs.cores import limit_threads
 from mlc.configs.errors import MlcError
 
 PATH = click.Path(path_type=Path)
@@ -98,6 +99,7 @@ WEIGHTS = click.option("--weights", type=PATH, help="A weights file, .safetensor
 @click.version_option(__version__)
 def cli() -> None:
     """Cache the features of frozen backbones, then train multi-label heads in seconds."""
+    limit_threads()
 
 
 @cli.command()
@@ -153,6 +155,7 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @WEIGHTS
 @click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
 @click.option("--size", "size_px", type=int, help="Side of the square input; default the model's.")
+@click.option("--decode", help="pillow, exact, or fast; default pillow.")
 @click.option("--features", help="pooled,tokens, each perhaps with :float16 or :int8; [pooled].")
 @click.option("--layers", help="Modules by name, e.g. layer3,layer4; default the last features.")
 @click.option("--views", help="Cached views, e.g. orig,flip; default orig.")
@@ -165,6 +168,7 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.option("--on-error", help="skip records a bad image, raise stops at it; default skip.")
 @click.option("--on-changed", help="raise at a photo that changed, or extract it; default raise.")
 @click.option("--forecast", is_flag=True, default=None, help="Say what it will take, and stop.")
+@click.option("--profile", type=PATH, help="Write a trace of some batches, a .json or .json.gz.")
 @DEVICE
 def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     """Stage 1: run a frozen backbone over a data set, once, into a store."""

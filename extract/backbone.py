@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
+from mlc.extract.fast_images import DECODERS
 from mlc.extract.images import INTERPOLATIONS
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
@@ -44,6 +45,8 @@ class BackboneConfig(Config):
         random_weights: untrained, for tests; seeded.
         size_px: side of the square input; by default the model's own.
         interpolation: of the resize; by default the model's own.
+        decode: "pillow" as the reference pipelines do, or "fast": JPEGs at a reduced scale where
+            twice the size is left, and torch's antialiased resize; see ``fast_images``.
         precision: of the forward pass; "auto" is float32 on a CPU, and on a GPU bfloat16 if it
             has it, else float16.
         device: "auto" is the GPU if there is one.
@@ -60,6 +63,7 @@ class BackboneConfig(Config):
     random_weights: bool = False
     size_px: int | None = None
     interpolation: str | None = None
+    decode: str = "pillow"
     precision: Precision = "auto"
     device: str = "auto"
     layers: tuple[str, ...] = ()
@@ -186,6 +190,7 @@ def _feature_key(
 ) -> FeatureKey:
     interpolation = config.interpolation or network.interpolation
     choose(INTERPOLATIONS, interpolation, "interpolation")
+    choose(DECODERS, config.decode, "decode")
     dtypes = feature_dtypes(config.features)
     return FeatureKey(
         backbone=network.architecture,
@@ -194,7 +199,7 @@ def _feature_key(
         size_px=network.size_px,
         resize="squash",
         interpolation=interpolation,
-        decode="pillow",
+        decode=config.decode,
         mean=network.mean,
         std=network.std,
         precision=resolve_precision(config.precision, device),

@@ -4,20 +4,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mlc.configs.cores import usable_cores
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress
 from mlc.extract.backbone import Backbone
+from mlc.extract.pace import Machine, Pace
+from mlc.extract.profile import span
 from mlc.extract.stream import FeatureBatch, stream_features
 from mlc.store import schema
 from mlc.store.lease import Lease, Leases
 from mlc.store.writer import StoreWriter
-
-STAGES = ("read", "decode", "infer", "write")
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,15 @@ class Filled:
         extracted: rows that went through the backbone, or whose image is bad.
         copied: rows that took their features from another of the same photo.
         left: shards that another worker holds.
-        wall_seconds: from the first image to the last.
-        seconds: busy time of each of ``STAGES``, summed over threads; of "write" the time that
-            it kept the others waiting.
+        pace: of it, as ``Pace.summary`` says.
+        warning: what slowed it down, and what to do about it.
     """
 
     extracted: int = 0
     copied: int = 0
     left: list[str] = field(default_factory=list)
-    wall_seconds: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    pace: dict[str, Any] = field(default_factory=dict)
+    warning: str | None = None
 
 
 def fill(writer: StoreWriter, work: Work, progress: Progress) -> Filled:
@@ -96,7 +97,9 @@ def fill(writer: StoreWriter, work: Work, progress: Progress) -> Filled:
     done = Filled()
     shards = _Shards(writer, work, done.left)
     first_row = _rows_by_hash(writer)
-    start, total = perf_counter(), shards.total
+    on_gpu = work.backbone.device.type == "cuda"
+    machine = Machine(work.workers, usable_cores(), torch.get_num_threads(), on_gpu)
+    pace = Pace(shards.total, machine)
     stream = stream_features(
         work.backbone,
         work.files,
@@ -105,7 +108,6 @@ def fill(writer: StoreWriter, work: Work, progress: Progress) -> Filled:
         wanted=work.wanted,
         known=first_row.__contains__,
     )
-    bad = 0
     parts: list[FeatureBatch] = []
     for part in stream:
         wanted = work.wanted[part.rows.start : part.rows.stop]
@@ -113,20 +115,19 @@ def fill(writer: StoreWriter, work: Work, progress: Progress) -> Filled:
             if error and work.stop_at_bad:
                 raise MlcError(f"{work.files[row]}: {error}; mend it, or pass --on-error skip")
         waited = perf_counter()
-        done.copied += _write(writer, part, wanted, first_row)
-        parts.append(part)
-        if shards.ends_with(part.rows):
-            shards.mark(parts)
-            parts = []
-        done.seconds["write"] += perf_counter() - waited
-        for stage, seconds in part.seconds.items():
-            done.seconds[stage] += seconds
+        with span("write"):
+            done.copied += _write(writer, part, wanted, first_row)
+            parts.append(part)
+            if shards.ends_with(part.rows):
+                shards.mark(parts)
+                parts = []
+        seconds = part.seconds | {"write": perf_counter() - waited}
+        pace.add(int(wanted.sum()), seconds, int((part.error != "").sum()))
         done.extracted += int(wanted.sum())
-        bad += int((part.error != "").sum())
-        progress(done.extracted, total, f"{bad} bad" if bad else "")
+        progress(done.extracted, shards.total, pace.line())
     writer.drain()
     done.extracted -= done.copied
-    done.wall_seconds = perf_counter() - start
+    done.pace, done.warning = pace.summary(), pace.warning()
     return done
 
 

@@ -1,15 +1,20 @@
 """One image file -> the squares of pixels that the backbone sees, or the reason why not."""
 
+import errno
 import hashlib
+import re
+import stat
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from mlc.extract.views import ORIGINAL, VIEWS, Box, crop_box
 from mlc.store.schema import HASH_CHARS
@@ -21,8 +26,22 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
 }
 
+TURNS = {  # by EXIF orientation; 1, and whatever else a file says, is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 MOST_16_BIT = 2**16 - 1
+# Pillow's own bound, kept where a program has lifted it (Image.MAX_IMAGE_PIXELS = None): the
+# largest cameras give 151 million pixels, and 179 million take 0.7 GB as RGB in Pillow.
+MOST_PIXELS = 2 * (2**30 // 12)
+MOST_BYTES = 2**31  # a file of MOST_PIXELS is smaller, even uncompressed in 4 x 16 bits a pixel
+PILLOWS_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as a filter
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,16 @@ class LoadedImage:
     decode_seconds: float
 
 
+class Decode(Protocol):
+    """A function like ``decode_views``."""
+
+    def __call__(
+        self, data: bytes, *, size_px: int, interpolation: str, views: Sequence[str]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield each view of an image, (S, S, 3)."""
+        ...
+
+
 def never(content_hash: str) -> bool:
     """Return False: no photo is known."""
     return False
@@ -55,6 +84,7 @@ def load_image(
     views: Sequence[str],
     pixels: NDArray[np.uint8],
     known: Callable[[str], bool] = never,
+    decode: Decode | None = None,
 ) -> LoadedImage:
     """Read and decode a file into ``pixels`` (V, S, S, 3) uint8, left alone if there are none.
 
@@ -67,10 +97,11 @@ def load_image(
         pixels: to be filled.
         known: asked with the content hash, in the thread that read the file; a photo that is
             known is not decoded.
+        decode: of ``fast_images.DECODERS``; by default ``decode_views``.
     """
     start = time.perf_counter()
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         return LoadedImage("", reason, False, time.perf_counter() - start, 0.0)
@@ -79,8 +110,9 @@ def load_image(
     if known(content_hash):
         return LoadedImage(content_hash, "", False, read - start, 0.0)
     reason = ""
+    _silence_pillow()
     try:
-        squares = decode_views(
+        squares = (decode or decode_views)(
             data, size_px=pixels.shape[1], interpolation=interpolation, views=views
         )
         for place, square in zip(pixels, squares, strict=True):
@@ -90,6 +122,23 @@ def load_image(
     except Exception as error:  # a broken file makes decoders raise anything at all
         reason = _reason(data, error)
     return LoadedImage(content_hash, reason, not reason, read - start, time.perf_counter() - read)
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        OSError: it is not there or cannot be read; it is a pipe, a socket or a device, at which a
+            read might wait for ever; or it has more than ``MOST_BYTES``.
+        ValueError: no file can have this name.
+    """
+    about = path.stat()
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+        raise OSError(errno.EINVAL, "not a file but a pipe, a socket or a device")
+    if about.st_size > MOST_BYTES:
+        reason = f"too large: {about.st_size:,} bytes, the limit is {MOST_BYTES:,}"
+        raise OSError(errno.EFBIG, reason)
+    return path.read_bytes()
 
 
 def hash_content(data: bytes) -> str:
@@ -123,17 +172,61 @@ def decode_views(
 
     Raises:
         OSError, SyntaxError, ValueError, …: whatever Pillow raises on a broken file.
+        DecompressionBombError: it has more than ``MOST_PIXELS``.
     """
-    with Image.open(BytesIO(data)) as image:
-        upright = _as_rgb(ImageOps.exif_transpose(image))
+    with open_image(data) as image:
+        shown = as_shown(image)
     squashed: dict[Box | None, NDArray[np.uint8]] = {}  # views that only turn share a resize
     for view in map(VIEWS.__getitem__, views):
         if view.crop not in squashed:
-            box = crop_box(view, upright.width, upright.height)
-            square = upright.resize((size_px, size_px), INTERPOLATIONS[interpolation], box)
+            box = crop_box(view, shown.width, shown.height)
+            square = shown.resize((size_px, size_px), INTERPOLATIONS[interpolation], box)
             squashed[view.crop] = np.asarray(square)
         pixels = squashed[view.crop]
         yield pixels if view.turn is None else view.turn(pixels)
+
+
+def open_image(data: bytes) -> ImageFile.ImageFile:
+    """Read an image's header; what is too large, or runs a program to be drawn, is refused.
+
+    Raises:
+        OSError, SyntaxError, ValueError, …: see ``decode_views``.
+        DecompressionBombError: see ``decode_views``.
+    """
+    image = Image.open(BytesIO(data))
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError(
+            f"{image.width:,} x {image.height:,} pixels, the limit is {MOST_PIXELS:,} pixels"
+        )
+    if image.format == "EPS":  # a PostScript program, which need not end, and no pixels
+        raise OSError("EPS is a drawing, not a photo")
+    return image
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return the pixels of an opened image as RGB, turned as its EXIF orientation says."""
+    image.load()
+    turn = TURNS.get(_exif_orientation(image))
+    return _as_rgb(image if turn is None else image.transpose(turn))
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Return a key of ``TURNS``, or 1; also if the EXIF data are nonsense, as viewers do."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return int(orientation) if orientation in TURNS else 1
+    except Exception:  # of nonsense Pillow raises anything; ImageOps.exif_transpose gives up
+        return 1
+
+
+def _silence_pillow() -> None:
+    """Keep Pillow from warning of what it finds in a file.
+
+    It can be shown, or else the reason why not is recorded. ``warnings.catch_warnings`` is not
+    made for threads; so the filter stays, ahead of all others.
+    """
+    if not warnings.filters or warnings.filters[0] != PILLOWS_WARNINGS:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -153,6 +246,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty (0 bytes)"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large: {error}"
     if isinstance(error, UnidentifiedImageError):
         return f"not an image: {len(data):,} bytes that begin with {data[:8]!r}"
-    return f"broken image: {error or type(error).__name__}"
+    words = " ".join(str(error).split())  # on one line
+    return f"broken image: {words or type(error).__name__}"

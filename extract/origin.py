@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.images import hash_content
+from mlc.extract.images import hash_content, read_file
 from mlc.store.key import require_same_key
 
 
@@ -82,7 +82,7 @@ def require_photos(
     problems = []
     for row in rows.tolist():
         try:
-            found = hash_content(files[row].read_bytes())
+            found = hash_content(read_file(files[row]))
         except OSError as error:
             problems.append(f"{files[row]}: {error.strerror}")
             continue

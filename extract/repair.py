@@ -14,7 +14,7 @@ from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import ImageSet
 from mlc.datasets.source import DataConfig, read_images
 from mlc.extract.fill import Work, fill
-from mlc.extract.images import hash_content
+from mlc.extract.images import hash_content, read_file
 from mlc.extract.origin import Where, load_origin, photo_files, require_photos
 from mlc.extract.run import worker_count
 from mlc.store import schema
@@ -106,7 +106,7 @@ def _mend_hashes(
         names = schema.small_arrays(arrays)
         for row in rows.tolist():
             with suppress(*BROKEN):  # what cannot be read says nothing
-                found = hash_content(files[row].read_bytes())
+                found = hash_content(read_file(files[row]))
                 small = {name: backend.read(name, row, row + 1) for name in names}
                 small[schema.CONTENT_HASH] = np.array([found])
                 # A killed repair left it pending; its checksum is of what it was before.

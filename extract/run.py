@@ -1,30 +1,37 @@
 """extract(): the images of a data set through a backbone into a store, resumable."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mlc.configs.cores import usable_cores
 from mlc.configs.errors import MlcError, choose
 from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
 from mlc.datasets.images import ImageSet
-from mlc.datasets.labels import LabelTable, load_labels, merge_labels, save_labels
+from mlc.datasets.labels import save_labels
 from mlc.datasets.source import DataConfig, absolute_data, read_images
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.calibration import calibrate_arrays
-from mlc.extract.fill import STAGES, Share, Work, fill
+from mlc.extract.existing import (
+    OnChanged,
+    OnError,
+    compare_with_store,
+    find_mended,
+    from_anywhere,
+    look_for_changes,
+)
+from mlc.extract.fill import Share, Work, fill
 from mlc.extract.forecast import Forecast, forecast
-from mlc.extract.images import hash_content, load_image
+from mlc.extract.profile import check_trace_path, profile
 from mlc.store import schema
 from mlc.store.layout import Layout, rows_of
 from mlc.store.lease import Leases, require_no_worker
 from mlc.store.lock import writer_lock
-from mlc.store.reader import FeatureStore, labels_path
+from mlc.store.reader import labels_path
 from mlc.store.writer import StoreWriter
 
 
@@ -44,6 +51,7 @@ class ExtractConfig(DataConfig, BackboneConfig):
         shard: "i/n": fill the i-th of n shares of the store's shards, from 0; the other workers,
             on this host or others, fill theirs. ``mlc store finish`` then ends the store.
         forecast: tell what it will take, and do nothing.
+        profile: write a trace of some batches here, .json or .json.gz.
     """
 
     out: Path | None = None
@@ -51,10 +59,11 @@ class ExtractConfig(DataConfig, BackboneConfig):
     batch_size: int | None = None
     shard_rows: int = 256
     workers: int | None = None
-    on_error: Literal["skip", "raise"] = "skip"
-    on_changed: Literal["raise", "extract"] = "raise"
+    on_error: OnError = "skip"
+    on_changed: OnChanged = "raise"
     shard: str | None = None
     forecast: bool = False
+    profile: Path | None = None
 
 
 @dataclass
@@ -75,8 +84,8 @@ class ExtractReport:
             by array.
         left: shards that other workers held.
         complete: the store is.
-        wall_seconds: from the first image to the last.
-        seconds: busy time of each of ``STAGES``, summed over threads.
+        pace: of what was extracted, as ``Pace.summary`` says.
+        notes: sentences for the user: what slowed it down, where the profile is.
     """
 
     path: Path
@@ -91,8 +100,8 @@ class ExtractReport:
     clipped: dict[str, tuple[int, int]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     complete: bool = False
-    wall_seconds: float = 0.0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    pace: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def extract(
@@ -127,14 +136,14 @@ def extract(
         path, backbone.name, backbone.key.weights, backbone.licence, len(images.file)
     )
     layout = _layout(config, images, backbone)
-    labels, files = _compare_with_store(path, images)
+    labels, files = compare_with_store(path, images)
     if files:
         tell(forecast(backbone, layout, path, files, worker_count(config.workers)))
     if config.forecast:
         return report
     with writer_lock(path, shared=share is not None):
         if path.exists():
-            layout = _from_anywhere(layout, path, images.root)
+            layout = from_anywhere(layout, path, images.root)
         else:
             layout = calibrate_arrays(
                 layout, backbone, images, worker_count(config.workers), progress
@@ -160,10 +169,7 @@ def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> P
 
 def worker_count(workers: int | None) -> int:
     """Return the number of decoding threads: as asked, else a thread for each usable core."""
-    if workers is not None:
-        return workers
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return usable_cores() if workers is None else workers
 
 
 def read_share(text: str) -> Share:
@@ -190,6 +196,8 @@ def _check(config: ExtractConfig) -> Share | None:
             raise MlcError(
                 f"out: {config.out} does not end in {suffix}, as --format {config.format} asks"
             )
+    if config.profile is not None:
+        check_trace_path(config.profile)
     for name in ("batch_size", "shard_rows", "workers", "size_px"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -228,39 +236,6 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
     )
 
 
-def _from_anywhere(layout: Layout, path: Path, root: Path) -> Layout:
-    """Have images of another root than the store's added under their whole paths."""
-    with FeatureStore(path, unfinished=True) as store:
-        if store.made_by["root"] == str(root.resolve()):
-            return layout
-    return replace(layout, file=np.array([str(root.resolve() / each) for each in layout.file]))
-
-
-def _compare_with_store(path: Path, images: ImageSet) -> tuple[LabelTable, list[Path]]:
-    """Return what a store at a path will need, if there is one.
-
-    Returns:
-        Its label table, of these images and of its others; the files whose features it lacks.
-
-    Raises:
-        MlcError: the others are labelled with other classes.
-    """
-    files = [images.root / str(name) for name in images.file]
-    if not path.exists():
-        return images.labels, files
-    with FeatureStore(path, unfinished=True) as store:
-        there = store.image_id[store.status != schema.PENDING]
-        others = np.isin(store.image_id, images.image_id, invert=True).any()
-    missing = np.isin(images.image_id, there, invert=True)
-    lacking = [files[index] for index in np.flatnonzero(missing).tolist()]
-    beside = labels_path(path)
-    if not (others and beside.is_file()):
-        return images.labels, lacking
-    earlier = load_labels(beside)
-    kept = earlier.rows(np.isin(earlier.image_id, images.image_id, invert=True))
-    return merge_labels(kept, images.labels), lacking
-
-
 def _fill(
     writer: StoreWriter,
     config: ExtractConfig,
@@ -280,9 +255,9 @@ def _fill(
     if share is not None:
         for index, shard in enumerate(writer.shards()):
             asked[shard.start : shard.stop] &= share.has(index)
-    _look_for_changes(writer, config, images.root, files, asked)
+    look_for_changes(writer, images.root, files, asked, config.on_changed)
     save_labels(images.labels, labels_path(writer.path))
-    mended = _mended(asked & (writer.status == schema.BAD), config, files, backbone)
+    mended = find_mended(asked & (writer.status == schema.BAD), files, backbone, config.on_error)
     if share is None and mended.any():  # it is not complete while they are written again
         writer.set_pending(np.flatnonzero(mended))
     wanted = mended | asked & (writer.status == schema.PENDING)
@@ -297,62 +272,20 @@ def _fill(
         leases=leases,
     )
     try:
-        done = fill(writer, work, progress)
+        with profile(config.profile, report.notes.append) as step:
+
+            def told(done: int, total: int, note: str = "") -> None:
+                progress(done, total, note)
+                step()
+
+            done = fill(writer, work, told)
     finally:
         if leases is not None:
             leases.close()
     report.extracted, report.copied, report.left = done.extracted, done.copied, done.left
-    report.wall_seconds, report.seconds = done.wall_seconds, done.seconds
-
-
-def _look_for_changes(
-    writer: StoreWriter,
-    config: ExtractConfig,
-    root: Path,
-    files: Sequence[Path],
-    asked: NDArray[np.bool_],
-) -> None:
-    """Do not take stored features for those of another photo of the same name.
-
-    Files that are newer than the store are compared with it by content hash; all of them, if the
-    store was made from another folder.
-    """
-    moved = writer.made_by["root"] != str(root.resolve())
-    created, stored = writer.made_by["created"], writer.content_hash()
-    changed = []
-    for row in np.flatnonzero(asked & (writer.status == schema.OK)).tolist():
-        try:
-            about = files[row].stat()
-            # A photo that takes another's place may be old; that it was put there is not.
-            newer = moved or max(about.st_mtime, about.st_ctime) >= created
-            if newer and hash_content(files[row].read_bytes()) != stored[row]:
-                changed.append(row)
-        except OSError:
-            continue  # it is gone: its features are kept
-    if changed and config.on_changed == "raise":
-        more = f", and {len(changed) - 1:,} more" if len(changed) > 1 else ""
-        raise MlcError(
-            f"{writer.path}: holds features of another photo than {files[changed[0]]}, by its "
-            f"content{more}; take the new ones with --on-changed extract, or name another store "
-            "with --out"
-        )
-    if changed:
-        writer.set_pending(np.array(changed, np.intp))
-
-
-def _mended(
-    bad: NDArray[np.bool_], config: ExtractConfig, files: Sequence[Path], backbone: Backbone
-) -> NDArray[np.bool_]:
-    """Return which images were bad in an earlier call and can be read now."""
-    key = backbone.key
-    scratch = np.zeros((len(key.views), key.size_px, key.size_px, 3), dtype=np.uint8)
-    mended = np.zeros(len(files), dtype=np.bool_)
-    for row in np.flatnonzero(bad).tolist():
-        error = load_image(files[row], key.interpolation, key.views, scratch).error
-        if error and config.on_error == "raise":
-            raise MlcError(f"{files[row]}: {error}; mend it, or pass --on-error skip")
-        mended[row] = not error
-    return mended
+    report.pace = done.pace
+    if done.warning:
+        report.notes.append(done.warning)
 
 
 def _describe(writer: StoreWriter, report: ExtractReport) -> None:

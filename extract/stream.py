@@ -14,7 +14,10 @@ from torch import Tensor
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
+from mlc.extract.fast_images import DECODERS
+from mlc.extract.fitting import FittingBatches
 from mlc.extract.images import LoadedImage, load_image, never
+from mlc.extract.profile import span
 
 BATCHES_AHEAD = 2  # bounds memory: 2 x 64 images of 448 px are 77 MB for each view
 NOT_FINITE = "the backbone gives features that are not finite numbers"
@@ -79,13 +82,14 @@ def stream_features(
     Raises:
         MlcError: none of a batch's images has finite features, at least two and half of the
             batch, and no image before had: the model is broken. Otherwise such an image is bad.
+            Or not one image fits the GPU's memory.
     """
-    trusted = False
+    trusted, run = False, FittingBatches(backbone)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         submitted = (_submit(pool, backbone, files, rows, wanted, known) for rows in batches)
         try:
             for loading in _loading_ahead(submitted):
-                batch = _infer(backbone, loading)
+                batch = _infer(backbone, run, loading)
                 trusted = trusted or _has_finite(batch, backbone)
                 yield batch
         finally:
@@ -114,7 +118,15 @@ def _submit(
     shape = (len(key.views), len(rows), key.size_px, key.size_px, 3)
     pixels = np.zeros(shape, dtype=np.uint8)
     loads = [
-        pool.submit(load_image, files[row], key.interpolation, key.views, pixels[:, place], known)
+        pool.submit(
+            load_image,
+            files[row],
+            key.interpolation,
+            key.views,
+            pixels[:, place],
+            known,
+            DECODERS[key.decode],
+        )
         if wanted is None or wanted[row]
         else None
         for place, row in enumerate(rows)
@@ -122,12 +134,14 @@ def _submit(
     return _Loading(rows, pixels, loads)
 
 
-def _infer(backbone: Backbone, loading: _Loading) -> FeatureBatch:
-    images = [UNREAD if load is None else load.result() for load in loading.loads]
+def _infer(backbone: Backbone, run: FittingBatches, loading: _Loading) -> FeatureBatch:
+    with span("wait"):
+        images = [UNREAD if load is None else load.result() for load in loading.loads]
     decoded = np.array([image.decoded for image in images], dtype=np.bool_)
     start = perf_counter()
     if decoded.any():
-        features, finite = _run_views(backbone, loading.pixels)
+        with span("infer"):
+            features, finite = _run_views(run, loading.pixels)
         infer = perf_counter() - start
     else:
         shape = (len(images), len(backbone.key.views))
@@ -153,13 +167,13 @@ def _infer(backbone: Backbone, loading: _Loading) -> FeatureBatch:
 
 @torch.inference_mode()
 def _run_views(
-    backbone: Backbone, pixels: NDArray[np.uint8]
+    run: FittingBatches, pixels: NDArray[np.uint8]
 ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
     """Return the features (B, V, ...) of pixels (V, B, S, S, 3), and which rows (B,) are finite.
 
     Rows that are not finite become zeros.
     """
-    views = [backbone.features(view) for view in pixels]
+    views = [run(view) for view in pixels]
     if len(views) == 1:
         features = {name: values[:, None] for name, values in views[0].items()}
     else:

@@ -1,6 +1,5 @@
 """Paired bootstrap over images and over seeds: how sure a difference of two mAPs is."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from mlc.configs.cores import usable_cores
 from mlc.configs.device import one_thread
 
 BLOCK = 32  # resamples at once: 40,137 images of them are 5 MB, which stay in cache
@@ -53,7 +53,7 @@ def resampled_map(
     blocks = [slice(start, start + BLOCK) for start in range(0, len(total), BLOCK)]
     # A thread of its own for each block: torch's own threads, which meet after each operation,
     # made this several times slower on a busy machine.
-    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with one_thread(), ThreadPoolExecutor(usable_cores()) as pool:
         ranked = list(pool.map(_ranked, classes))
         sums = pool.map(lambda block: _sum_of_ap(weights[:, block], ranked), blocks)
         for block, values in zip(blocks, sums, strict=True):

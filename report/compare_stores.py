@@ -110,7 +110,9 @@ def compare(
     seeds: Sequence[int] = SEEDS,
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare two stores that differ in format, dtypes or kinds of features alone.
+    """Compare two stores that differ in format or in what costs accuracy alone.
+
+    That is the dtypes and kinds of features, the decoder and the precision.
 
     Args:
         first: the store with the labels beside it, unless the config names others.

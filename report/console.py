@@ -17,7 +17,7 @@ LOG_SECONDS = 5.0  # between two JSON lines
 ANY_WIDTH = 10_000  # where there is no terminal, so that nothing is cut
 
 
-class Pace:
+class Speed:
     """Units a second and seconds left, from the first unit on: loading a model does not count."""
 
     def __init__(self) -> None:
@@ -79,10 +79,10 @@ def _bars() -> Bars:
 
 
 def _bar(bars: Bars, what: str, unit: str) -> Progress:
-    task, pace = bars.add_task(what, total=None, note=""), Pace()
+    task, speed = bars.add_task(what, total=None, note=""), Speed()
 
     def show(done: int, total: int, note: str = "") -> None:
-        rate, left = pace(done, total)
+        rate, left = speed(done, total)
         minutes, seconds = divmod(round(left), 60)
         text = f"{rate:.1f} {unit}/s, {minutes}:{seconds:02} left  {note}"
         bars.update(task, completed=done, total=total, note=text)
@@ -91,11 +91,11 @@ def _bar(bars: Bars, what: str, unit: str) -> Progress:
 
 
 def _json_lines(what: str, unit: str) -> Progress:
-    pace, last = Pace(), perf_counter()
+    speed, last = Speed(), perf_counter()
 
     def log(done: int, total: int, note: str = "") -> None:
         nonlocal last
-        rate, left = pace(done, total)
+        rate, left = speed(done, total)
         if 0 < done < total and perf_counter() - last < LOG_SECONDS:
             return
         last = perf_counter()

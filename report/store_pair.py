@@ -10,6 +10,9 @@ from mlc.store import schema
 from mlc.store.features import FeatureArray
 from mlc.store.reader import FeatureStore
 
+# Fields of a key that cost accuracy: what two stores are compared for.
+COMPARED = ("features", "decode", "precision")
+
 
 @dataclass(frozen=True)
 class StorePair:
@@ -72,10 +75,11 @@ class StorePair:
 
 def _require_same_settings(one: FeatureStore, other: FeatureStore) -> None:
     for field, value in one.key.items():
-        if field != "features" and other.key[field] != value:
+        if field not in COMPARED and other.key[field] != value:
             raise MlcError(
                 f"{other.path}: made with other settings than {one.path}: {field}: "
-                f"{other.key[field]!r} and {value!r}; compare stores that differ in features alone"
+                f"{other.key[field]!r} and {value!r}; compare stores that differ in "
+                f"{', '.join(COMPARED)} alone"
             )
 
 

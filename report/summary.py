@@ -39,13 +39,16 @@ def print_extraction(report: "ExtractReport") -> None:
     if report.copied:
         click.echo(f"{report.copied:,} images copied from others of the same photo")
     if report.extracted:
-        rate = report.extracted / report.wall_seconds
+        pace, busy = report.pace, report.pace["busy_seconds"]
         click.echo(
-            f"{report.extracted:,} images in {report.wall_seconds:.1f} s, {rate:.1f} images/s: "
-            f"{shares(report.seconds, tuple(report.seconds))}"
+            f"{report.extracted:,} images in {pace['seconds']:.1f} s, "
+            f"{pace['images_per_second']:.1f} images/s, {pace['limited_by']} limits: "
+            f"{shares(busy, tuple(busy))}"
         )
     elif not report.copied:
         click.echo(f"nothing to do, all {report.images:,} images were there")
+    for note in report.notes:
+        click.echo(note, err=True)
     if report.rows > report.images:
         click.echo(f"the store holds {report.rows - report.images:,} more images than these")
     if not report.complete:

@@ -19,8 +19,10 @@ from mlc.datasets.csv_file import read_csv
 from mlc.datasets.labels import load_labels
 from mlc.extract import run, stream
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.fill import STAGES, batches_of
+from mlc.extract.fill import batches_of
+from mlc.extract.pace import STAGES
 from mlc.extract.run import ExtractConfig, extract, worker_count
+from mlc.report.compare_stores import compare
 from mlc.store import schema
 from mlc.store.lock import writer_lock
 from mlc.store.reader import FeatureStore, labels_path
@@ -247,8 +249,8 @@ def test_the_report_tells_what_was_done(table: Path, out: Path) -> None:
     report = extract(config(table, out))
     assert (report.path, report.images, report.extracted) == (out, 12, 12)
     assert report.bad.keys() == pictures.BAD_FILES.keys()
-    assert report.seconds.keys() == set(STAGES)
-    assert all(seconds > 0 for seconds in report.seconds.values())
+    assert report.pace["busy_seconds"].keys() == set(STAGES)
+    assert all(seconds > 0 for seconds in report.pace["busy_seconds"].values())
 
 
 def test_progress_is_told_after_every_batch(table: Path, tmp_path: Path) -> None:
@@ -261,7 +263,8 @@ def test_progress_is_told_after_every_batch(table: Path, tmp_path: Path) -> None
     batches = [each for each in news if each[0]]
     assert [done for done, _, _ in batches] == [2, 4, 5, 7, 9, 10, 12]
     assert {total for _, total, _ in batches} == {12}
-    assert [batches[index][2] for index in (0, 2, -1)] == ["", "1 bad", "2 bad"]
+    assert [batches[index][2].rpartition(", ")[2] for index in (2, -1)] == ["1 bad", "2 bad"]
+    assert "bad" not in batches[0][2]
 
 
 # --- again ---------------------------------------------------------------------------------------
@@ -470,7 +473,7 @@ def test_batches_cover_the_rows_and_none_is_too_large() -> None:
 
 def test_workers_are_as_asked_else_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_count(3) == 3
-    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 4, 5}, raising=False)
+    monkeypatch.setattr(run, "usable_cores", lambda: 3)
     assert worker_count(None) == 3
 
 
@@ -487,3 +490,24 @@ def test_decoding_is_a_few_batches_ahead_and_no_more(
     extract(config(table, tmp_path / "a.zarr"))
     assert len(submitted) == 7
     assert max(ahead) == stream.BATCHES_AHEAD + 1
+
+
+def test_fast_decoding_makes_another_store_that_can_be_compared(
+    table: Path, tmp_path: Path
+) -> None:
+    exact, fast = (
+        extract(config(table, tmp_path / f"{decode}.zarr", decode=decode)).path
+        for decode in ("pillow", "fast")
+    )
+    with FeatureStore(fast) as store:
+        assert store.key["decode"] == "fast"
+    with pytest.raises(MlcError, match="decode: stored 'pillow', asked 'fast'"):
+        extract(config(table, exact, decode="fast"))
+    labels_path(exact).unlink()  # of 12 images no head is trained
+    compared = compare(exact, fast)
+    assert compared.arrays[0].cost.cosine_worst > 0.9
+
+
+def test_an_unknown_decoder_is_refused(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(MlcError, match="decode"):
+        extract(config(table, tmp_path / "a.zarr", decode="quick"))

@@ -189,3 +189,11 @@ def test_finish_says_what_is_missing(csv: Path, out: Path) -> None:
         finish(out)
     with FeatureStore(out, unfinished=True) as store:
         assert (store.status == schema.PENDING).sum() == 6
+
+
+def test_finish_says_that_a_store_is_damaged(csv: Path, out: Path) -> None:
+    run(csv, out, "0/1")
+    about = out / "content_hash" / "zarr.json"
+    about.write_bytes(about.read_bytes()[:50])
+    with pytest.raises(MlcError, match=r"damaged .*mlc store verify"):
+        finish(out)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlc.report import console
-from mlc.report.console import LOG_SECONDS, Pace, print_table, progress_bar, shares
+from mlc.report.console import LOG_SECONDS, Speed, print_table, progress_bar, shares
 
 
 class Clock:
@@ -33,7 +33,7 @@ def json_lines(capsys: pytest.CaptureFixture) -> list[dict]:
 
 
 def test_pace_counts_from_the_first_news_on(clock: Clock) -> None:
-    pace = Pace()
+    pace = Speed()
     clock.now += 60  # loading a model
     assert pace(8, 108) == (0.0, 0.0)
     clock.now += 5
@@ -43,7 +43,7 @@ def test_pace_counts_from_the_first_news_on(clock: Clock) -> None:
 
 
 def test_pace_does_not_count_the_time_before_the_first_unit(clock: Clock) -> None:
-    pace = Pace()
+    pace = Speed()
     pace(0, 10)
     clock.now += 60  # loading a model
     assert pace(0, 10) == (0.0, 0.0)
@@ -52,14 +52,14 @@ def test_pace_does_not_count_the_time_before_the_first_unit(clock: Clock) -> Non
 
 
 def test_pace_has_nothing_to_say_while_nothing_is_done(clock: Clock) -> None:
-    pace = Pace()
+    pace = Speed()
     assert pace(3, 10) == (0.0, 0.0)
     clock.now += 5
     assert pace(3, 10) == (0.0, 0.0)
 
 
 def test_news_at_the_very_same_moment_is_no_division_by_zero(clock: Clock) -> None:
-    pace = Pace()
+    pace = Speed()
     pace(0, 10)
     rate, left = pace(5, 10)
     assert rate >= 0

@@ -12,6 +12,7 @@ from small_store import small_store
 
 from mlc.configs.errors import MlcError
 from mlc.report.console import print_table
+from mlc.report.store import describe_store
 from mlc.report.stores import store_records
 from mlc.store import schema
 from mlc.store.lock import writer_lock
@@ -228,3 +229,13 @@ def test_the_records_print_as_a_table(path: Path, capsys: pytest.CaptureFixture[
     assert header.split()[:4] == ["store", "good", "bad", "pending"]
     assert "test_resnet" in store
     assert leftover.rstrip().endswith("left by a creation that was cut off")
+
+
+def test_the_size_of_a_store_is_told_through_a_link(tmp_path: Path) -> None:
+    path = tmp_path / "small.h5"
+    small_store(path, good=3)
+    link = tmp_path / "link.h5"
+    link.symlink_to(path.name)
+    size = next(line for line in describe_store(path).splitlines() if line.startswith("size: "))
+    assert size != "size: 0.0 MB"
+    assert size in describe_store(link)
