@@ -57,7 +57,7 @@ def main(backbones: str, engines: str, batch_size: int, repeats: int, threads: i
 def eager(backbone: str) -> ForwardPass:
     """Return the forward pass of a backbone with random weights, on a CPU."""
     loaded = load_backbone(BackboneConfig(backbone=backbone, random_weights=True, device="cpu"))
-    return ForwardPass(loaded.reader, loaded.key.mean, loaded.key.std)
+    return loaded.forward
 
 
 def build(forward: ForwardPass, engines: list[str], batch_size: int) -> dict[str, Built]:

@@ -15,6 +15,7 @@ from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
 from mlc.extract.fast_images import DECODERS
+from mlc.extract.forward import ForwardPass, read_arrays
 from mlc.extract.images import INTERPOLATIONS
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
@@ -28,7 +29,7 @@ from mlc.extract.torchvision_models import (
 from mlc.extract.views import ORIGINAL, check_views
 from mlc.extract.weights import hash_weights
 from mlc.store.key import FeatureKey, feature_dtypes
-from mlc.store.schema import POOLED, TOKENS, feature
+from mlc.store.schema import POOLED, TOKENS
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -85,7 +86,7 @@ class Backbone:
     Attributes:
         name: architecture with its pretrained tag, or with the file the weights are from.
         module: images (B, 3, S, S) normalised -> features (B, D) of the default layer.
-        reader: runs the module and reads the layers that were asked for.
+        forward: normalises pixels, runs the module and reads the layers that were asked for.
         arrays: shape of what one view of an image has in each array, by its name, as (D,) of
             "pre_logits/pooled".
         grids: (H, W) of the tokens, by layer; empty if tokens are not asked for.
@@ -96,7 +97,7 @@ class Backbone:
 
     name: str
     module: nn.Module
-    reader: LayerReader
+    forward: ForwardPass
     arrays: Mapping[str, tuple[int, ...]]
     grids: Mapping[str, tuple[int, int]]
     licence: str
@@ -115,17 +116,7 @@ class Backbone:
         Returns:
             (B, ...) float32 on the backbone's device, by the names and shapes of ``arrays``.
         """
-        images = torch.from_numpy(pixels).to(self.device, non_blocking=True)
-        # The layout of pixels is channels-last already: this permutes strides, not memory.
-        images = images.permute(0, 3, 1, 2).float().div_(255)
-        images = images.sub_(self._constant(self.key.mean)).div_(self._constant(self.key.std))
-        dtype = DTYPES[self.key.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            layers = self.reader(images)
-        return _arrays(layers, self.reader.kinds)
-
-    def _constant(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+        return self.forward(torch.from_numpy(pixels).to(self.device, non_blocking=True))
 
 
 def load_backbone(config: BackboneConfig) -> Backbone:
@@ -150,8 +141,8 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     return Backbone(
         name=_describe(name, config),
         module=module,
-        reader=reader,
-        arrays={name: tuple(each.shape[1:]) for name, each in _arrays(layers, kinds).items()},
+        forward=ForwardPass(reader, key.mean, key.std, DTYPES[key.precision]),
+        arrays={name: tuple(each.shape[1:]) for name, each in read_arrays(layers, kinds).items()},
         grids=_grids(layers, kinds),
         licence=config.weights_licence or network.licence,
         device=device,
@@ -216,16 +207,6 @@ def _try_one(reader: LayerReader, name: str, device: torch.device) -> dict[str, 
             return reader(torch.zeros(1, 3, size_px, size_px, device=device))
     except (AssertionError, RuntimeError) as error:
         raise cannot_take(name, size_px, error) from None
-
-
-def _arrays(layers: Mapping[str, LayerFeatures], kinds: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of layers by the names of their arrays."""
-    wanted = tuple(kinds)
-    return {
-        feature(layer, kind): values
-        for layer, features in layers.items()
-        for kind, values in features.arrays(wanted).items()
-    }
 
 
 def _grids(layers: Mapping[str, LayerFeatures], kinds: Iterable[str]) -> dict[str, tuple[int, int]]:

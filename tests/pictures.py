@@ -4,10 +4,14 @@ import struct
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
+
+from mlc.extract.backbone import Backbone
 
 BAD_FILES = {"04.jpg": "truncated", "09.png": "text"}
 FILES = tuple(f"{index:02d}.{'png' if index % 3 == 0 else 'jpg'}" for index in range(12))
@@ -79,3 +83,16 @@ def broken_file(name: str) -> bytes:
 
 def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of images, that are not black, of each forward pass."""
+    counts: list[int] = []
+    features = Backbone.features
+
+    def spy(self: Backbone, pixels: NDArray[np.uint8]) -> Any:
+        counts.append(int(pixels.any(axis=(1, 2, 3)).sum()))
+        return features(self, pixels)
+
+    monkeypatch.setattr(Backbone, "features", spy)
+    return counts

@@ -55,7 +55,7 @@ def eager(name: str = "test_resnet", **settings: Any) -> ForwardPass:
             each.running_var.uniform_(0.5, 2)
             each.weight.data.uniform_(0.5, 1.5)
             each.bias.data.normal_(0, 0.2)
-    return ForwardPass(loaded.reader, loaded.key.mean, loaded.key.std)
+    return loaded.forward
 
 
 def small_swin() -> ForwardPass:
@@ -144,7 +144,7 @@ def test_the_eager_pass_is_that_of_the_backbone() -> None:
     loaded = load_backbone(
         BackboneConfig(backbone="test_resnet", random_weights=True, device="cpu", size_px=64)
     )
-    forward = ForwardPass(loaded.reader, loaded.key.mean, loaded.key.std)
+    forward = loaded.forward
     pixels = sample_pixels(forward, BATCH)
     assert_same(run(forward, pixels), loaded.features(pixels.numpy()))
 

@@ -119,7 +119,7 @@ def test_a_modules_features_are_those_of_a_hook_by_hand(
     got = made.features(pixels(size_px))
     output = hooked(plain(made), module, normalised(made, pixels(size_px)))
     tokens, first = by_hand(output, layout, prefix)
-    assert made.reader.network.channels_last == (layout == NHWC)
+    assert made.forward.reader.network.channels_last == (layout == NHWC)
     assert made.grids[module] == grid
     assert tokens.shape[1] == grid[0] * grid[1]
     assert_close(got[f"{module}/tokens"], tokens)

@@ -76,15 +76,7 @@ zarr_only = pytest.mark.parametrize("path", [".zarr"], indirect=True)
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch, path: Path) -> list[int]:
     """The number of images of each forward pass from now on that are not black."""
-    counts: list[int] = []
-    features = Backbone.features
-
-    def spy(self: Backbone, pixels: NDArray[np.uint8]) -> Any:
-        counts.append(int(pixels.any(axis=(1, 2, 3)).sum()))
-        return features(self, pixels)
-
-    monkeypatch.setattr(Backbone, "features", spy)
-    return counts
+    return pictures.count_decoded(monkeypatch)
 
 
 def flip(path: Path, array: str, row: int) -> None:

@@ -118,7 +118,7 @@ def test_features_are_those_of_hooks_by_hand(
     prefix = output[:, :1] if layout == "BTC" else None
     last = {"BCHW": output.movedim(1, -1), "BHWC": output, "BTC": output[:, 1:]}[layout]
     tokens = last.reshape(BATCH, grid[0] * grid[1], -1)
-    assert backbone.reader.network.channels_last == (layout == "BHWC")
+    assert backbone.forward.reader.network.channels_last == (layout == "BHWC")
     assert dict(backbone.grids) == {"pre_logits": grid}
     assert_close(got["pre_logits/tokens"], tokens)
     assert_close(got["pre_logits/pooled"], tokens.mean(1) if row is None else row)
