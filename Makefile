@@ -23,7 +23,9 @@ lint: $(READY) .lint/mlc
 
 bench: $(READY)       ## the performance figures; needs an idle machine
 	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/extraction.py
+	$(BIN)/python benchmarks/flat_memory.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/full_batch.py
 	$(BIN)/python benchmarks/linear_column.py
@@ -35,7 +37,7 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlc needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[demo,test,dev]'
+	$(BIN)/python -m pip install -e '.[demo,onnx,test,dev]'
 	touch $@
 
 # mypy does not follow an editable install; it reads the package through this link.

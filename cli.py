@@ -151,16 +151,25 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 
 @cli.command()
 @CONFIG
-@click.option("--backbone", help="A timm model, hf-hub:OWNER/NAME too; default resnet50.")
-@WEIGHTS
+@click.option(
+    "--backbone",
+    help="A timm model, hf-hub:OWNER/NAME too, or several as a,b: one pass; default resnet50.",
+)
+@click.option("--weights", help="A weights file, .safetensors or .pth; or one for each, as x,y.")
 @click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
-@click.option("--size", "size_px", type=int, help="Side of the square input; default the model's.")
+@click.option(
+    "--size",
+    "size_px",
+    callback=partial(numbers, int),
+    help="Side of the square input, or several as 224,448; default the model's.",
+)
+@click.option("--engine", help="auto, torch, folded, inductor or onnxruntime; default auto.")
 @click.option("--decode", help="pillow, exact, or fast; default pillow.")
 @click.option("--features", help="pooled,tokens, each perhaps with :float16 or :int8; [pooled].")
 @click.option("--layers", help="Modules by name, e.g. layer3,layer4; default the last features.")
 @click.option("--views", help="Cached views, e.g. orig,flip; default orig.")
 @DATA
-@click.option("--out", type=PATH, help="The store; default features/ and a name with its key.")
+@click.option("--out", help="The store; default features/ and a name with its key.")
 @click.option("--format", help="zarr or hdf5; default zarr.")
 @click.option("--batch-size", type=int, help="Images in one forward pass.")
 @click.option("--workers", type=int, help="Threads that decode; default one for each core.")
@@ -171,17 +180,18 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.option("--profile", type=PATH, help="Write a trace of some batches, a .json or .json.gz.")
 @DEVICE
 def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
-    """Stage 1: run a frozen backbone over a data set, once, into a store."""
-    from mlc.configs import load
-    from mlc.extract.run import ExtractConfig, extract
+    """Stage 1: run frozen backbones over a data set, once, into a store each."""
+    from mlc.configs import load_each
+    from mlc.extract.config import EACH, ExtractConfig
+    from mlc.extract.run import extract_each
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_extraction, print_forecast
+    from mlc.report.summary import print_extractions, print_forecast
 
-    config = load(ExtractConfig, "extract", recipe, overrides, flags)
+    configs = load_each(ExtractConfig, "extract", EACH, recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
-        done = extract(config, progress, print_forecast)
-    if not config.forecast:
-        print_extraction(done)
+        done = extract_each(configs, progress, print_forecast)
+    if not configs[0].forecast:
+        print_extractions(done)
 
 
 @cli.command("import")

@@ -16,9 +16,8 @@ from PIL import Image
 
 from mlc.datasets.images import find_images
 from mlc.extract.fast_images import DECODERS
+from mlc.extract.views import Squares
 from mlc.report.console import print_table
-
-VIEWS = ("orig",)
 
 
 @click.command()
@@ -57,10 +56,7 @@ def record(files: list[bytes], size_px: int, interpolation: str, rounds: int) ->
     for _ in range(rounds):
         for name, decode in DECODERS.items():
             start = time.process_time()
-            squares[name] = [
-                next(decode(data, size_px=size_px, interpolation=interpolation, views=VIEWS))
-                for data in files
-            ]
+            squares[name] = [next(decode(data, Squares(size_px, interpolation))) for data in files]
             seconds[name].append((time.process_time() - start) / len(files))
     exact, fast = (np.stack(squares[name]).astype(np.int16) for name in DECODERS)
     apart = np.abs(exact - fast)

@@ -15,8 +15,8 @@ import torch
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import BackboneConfig, load_backbone
-from mlc.extract.engines import ENGINES, check_engine, sample_pixels
-from mlc.extract.forward import Engine, ForwardPass
+from mlc.extract.engines import ENGINES, check_engine
+from mlc.extract.forward import Engine, ForwardPass, sample_pixels
 from mlc.report.console import print_table
 
 BACKBONES = (
@@ -56,8 +56,8 @@ def main(backbones: str, engines: str, batch_size: int, repeats: int, threads: i
 
 def eager(backbone: str) -> ForwardPass:
     """Return the forward pass of a backbone with random weights, on a CPU."""
-    loaded = load_backbone(BackboneConfig(backbone=backbone, random_weights=True, device="cpu"))
-    return loaded.forward
+    config = BackboneConfig(backbone=backbone, random_weights=True, device="cpu", engine="torch")
+    return load_backbone(config).forward
 
 
 def build(forward: ForwardPass, engines: list[str], batch_size: int) -> dict[str, Built]:

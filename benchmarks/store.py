@@ -233,6 +233,7 @@ def layout(case: Case) -> Layout:
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         precision="float32",
+        engine="torch",
         views=("orig",),
         features=(f"{kind}:{case.dtype}",),
     )

@@ -61,23 +61,91 @@ def load(
     Raises:
         MlcError: one sentence with every key that is unknown, missing or of the wrong type.
     """
+    return _checked(cls, name or command, _gather(command, name, overrides, flags))
+
+
+def load_each(
+    cls: type[C],
+    command: str,
+    split: Sequence[str],
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> list[C]:
+    """Build a command's config once for each item of fields that may be lists.
+
+    ``backbone: a,b`` with ``size_px: 224`` is a config of a and one of b, both at 224 px.
+
+    Args:
+        cls: the config class.
+        command: see ``load``.
+        split: fields that may be lists, or text with commas; a single item is of every config,
+            an empty one leaves the default.
+        name: see ``load``.
+        overrides: see ``load``.
+        flags: see ``load``.
+
+    Raises:
+        MlcError: see ``load``; or two fields have lists of different lengths.
+    """
+    values = _gather(command, name, overrides, flags)
+    lists = {field: _items(field, values.pop(field)) for field in split if field in values}
+    count = max(map(len, lists.values()), default=1)
+    for field, items in lists.items():
+        if len(items) not in (1, count):
+            longest = next(each for each in lists if len(lists[each]) == count)
+            raise MlcError(
+                f"{field}: should be one value, or one for each of the {count} of {longest}, "
+                f"got {len(items)}: {', '.join(map(str, items))}"
+            )
+    return [
+        _checked(cls, name or command, values | _chosen(lists, index)) for index in range(count)
+    ]
+
+
+def _items(field: str, value: object) -> list[Any]:
+    """Return a list's items; those of text with commas are YAML."""
+    if isinstance(value, list | tuple):
+        return list(value) or [None]
+    if "," not in str(value):
+        return [value]
+    return [_read_yaml(field, each) for each in str(value).split(",")]
+
+
+def _chosen(lists: Mapping[str, list[Any]], index: int) -> dict[str, Any]:
+    """Return the fields of one of several configs, without those that are left empty."""
+    chosen = {field: items[index % len(items)] for field, items in lists.items()}
+    return {field: value for field, value in chosen.items() if value is not None}
+
+
+def _gather(
+    command: str,
+    name: str | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the values of a recipe, overrides and flags, not checked yet."""
     values: dict[str, Any] = {} if name is None else _read_recipe(command, name)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise MlcError(f"--set: expected key=value, got {override!r}")
         _assign(values, key.strip(), _read_yaml("--set", text))
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return values | {key: value for key, value in (flags or {}).items() if value is not None}
+
+
+def _checked(cls: type[C], where: str, values: Mapping[str, Any]) -> C:
+    """Return a config of these values, or say what is wrong with them."""
     try:
         text = json.dumps(values, default=str)
     except (TypeError, ValueError) as error:
-        raise MlcError(f"{name or command}: not plain keys and values ({error})") from None
+        raise MlcError(f"{where}: not plain keys and values ({error})") from None
     try:
         # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
         return cls.model_validate_json(text, strict=True)
     except ValidationError as error:
         problems = "; ".join(_problem(cls, each) for each in error.errors())
-        raise MlcError(f"{name or command}: {problems}") from None
+        raise MlcError(f"{where}: {problems}") from None
 
 
 def dump(config: Config) -> str:

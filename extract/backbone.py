@@ -1,7 +1,7 @@
 """Backbone: a frozen model, what it wants its input to be, and where its weights are from."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
+from mlc.extract.batch_size import fit_batch_size
+from mlc.extract.engines import AUTO, check_name, choose_engine, require_precision
 from mlc.extract.fast_images import DECODERS
-from mlc.extract.forward import ForwardPass, read_arrays
+from mlc.extract.forward import Engine, ForwardPass, read_arrays
 from mlc.extract.images import INTERPOLATIONS
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
@@ -26,7 +28,7 @@ from mlc.extract.torchvision_models import (
     resolve_torchvision_name,
     torchvision_network,
 )
-from mlc.extract.views import ORIGINAL, check_views
+from mlc.extract.views import ORIGINAL, Squares, check_views
 from mlc.extract.weights import hash_weights
 from mlc.store.key import FeatureKey, feature_dtypes
 from mlc.store.schema import POOLED, TOKENS
@@ -50,6 +52,8 @@ class BackboneConfig(Config):
             twice the size is left, and torch's antialiased resize; see ``fast_images``.
         precision: of the forward pass; "auto" is float32 on a CPU, and on a GPU bfloat16 if it
             has it, else float16.
+        engine: that runs the forward pass: "auto", which is eager torch on a GPU and the fastest
+            that there is on a CPU, or a name of ``ENGINES``.
         device: "auto" is the GPU if there is one.
         layers: modules by name, and "pre_logits" for what the classifier would see, which is the
             default; the first one is what a head reads if none is named. Lists may be one text
@@ -66,6 +70,7 @@ class BackboneConfig(Config):
     interpolation: str | None = None
     decode: str = "pillow"
     precision: Precision = "auto"
+    engine: str = AUTO
     device: str = "auto"
     layers: tuple[str, ...] = ()
     features: tuple[str, ...] = (POOLED,)
@@ -87,27 +92,33 @@ class Backbone:
         name: architecture with its pretrained tag, or with the file the weights are from.
         module: images (B, 3, S, S) normalised -> features (B, D) of the default layer.
         forward: normalises pixels, runs the module and reads the layers that were asked for.
+        engine: does what ``forward`` does, faster.
+        batch_size: images that the engine is made for; it takes others too.
         arrays: shape of what one view of an image has in each array, by its name, as (D,) of
             "pre_logits/pooled".
         grids: (H, W) of the tokens, by layer; empty if tokens are not asked for.
         licence: of the weights, as published; "unknown" if nobody says.
         device: where it runs.
         key: what makes its features.
+        note: why the engine is not the one that was hoped for; empty if it is.
     """
 
     name: str
     module: nn.Module
     forward: ForwardPass
+    engine: Engine
+    batch_size: int
     arrays: Mapping[str, tuple[int, ...]]
     grids: Mapping[str, tuple[int, int]]
     licence: str
     device: torch.device
     key: FeatureKey
+    note: str = ""
 
     @property
-    def default_batch(self) -> int:
-        """Return a batch size that suits the device: what fits a CPU's caches, or fills a GPU."""
-        return 8 if self.device.type == "cpu" else 64
+    def squares(self) -> Squares:
+        """Return what it is shown of an image."""
+        return Squares(self.key.size_px, self.key.interpolation, self.key.views)
 
     @torch.inference_mode()
     def features(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
@@ -116,37 +127,62 @@ class Backbone:
         Returns:
             (B, ...) float32 on the backbone's device, by the names and shapes of ``arrays``.
         """
-        return self.forward(torch.from_numpy(pixels).to(self.device, non_blocking=True))
+        return self.engine(torch.from_numpy(pixels).to(self.device, non_blocking=True))
+
+    def for_batches(self, batch_size: int) -> "Backbone":
+        """Return the same backbone with its engine made for batches of another size.
+
+        Raises:
+            MlcError: the engine cannot be had at this size, see ``choose_engine``.
+        """
+        if batch_size == self.batch_size:
+            return self
+        engine = choose_engine(self.key.engine, self.forward, batch_size).engine
+        return replace(self, engine=engine, batch_size=batch_size)
 
 
-def load_backbone(config: BackboneConfig) -> Backbone:
+def load_backbone(config: BackboneConfig, batch_size: int | None = None) -> Backbone:
     """Build a frozen backbone with its weights, in eval mode, channels-last.
 
+    Args:
+        config: which one.
+        batch_size: of most batches; by default what suits the device, see ``fit_batch_size``.
+
     Raises:
-        MlcError: the model, a layer, a kind of features or a view is unknown, a layer does not
-            give what is asked of it, the weights cannot be had or do not fit, the model cannot
-            take images of this size, or the device is not there.
+        MlcError: the model, an engine, a layer, a kind of features or a view is unknown, a layer
+            does not give what is asked of it, the weights cannot be had or do not fit, the model
+            cannot take images of this size, the device is not there, or it is no device for the
+            precision or the engine.
     """
     keep_freed_memory()
     device = choose_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    require_precision(DTYPES[precision], device)
+    check_name(config.engine)
     kinds = feature_dtypes(config.features)
     check_views(config.views)
     name = resolve_name(config.backbone)
     network = _build(name, config)
     reader = LayerReader(network, config.layers, tuple(kinds))
-    key = _feature_key(network, config, reader, device)
+    key = _feature_key(network, config, reader, precision)
     module = network.module.eval().requires_grad_(False)
     module = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     layers = _try_one(reader, name, device)
+    forward = ForwardPass(reader, key.mean, key.std, DTYPES[precision])
+    batch_size = batch_size or fit_batch_size(forward)
+    chosen = choose_engine(config.engine, forward, batch_size)
     return Backbone(
         name=_describe(name, config),
         module=module,
-        forward=ForwardPass(reader, key.mean, key.std, DTYPES[key.precision]),
+        forward=forward,
+        engine=chosen.engine,
+        batch_size=batch_size,
         arrays={name: tuple(each.shape[1:]) for name, each in read_arrays(layers, kinds).items()},
         grids=_grids(layers, kinds),
         licence=config.weights_licence or network.licence,
         device=device,
-        key=key,
+        key=replace(key, engine=chosen.name),
+        note=chosen.note,
     )
 
 
@@ -177,7 +213,7 @@ def _build(name: str, config: BackboneConfig) -> Network:
 
 
 def _feature_key(
-    network: Network, config: BackboneConfig, reader: LayerReader, device: torch.device
+    network: Network, config: BackboneConfig, reader: LayerReader, precision: str
 ) -> FeatureKey:
     interpolation = config.interpolation or network.interpolation
     choose(INTERPOLATIONS, interpolation, "interpolation")
@@ -193,7 +229,8 @@ def _feature_key(
         decode=config.decode,
         mean=network.mean,
         std=network.std,
-        precision=resolve_precision(config.precision, device),
+        precision=precision,
+        engine=config.engine,
         views=config.views,
         features=tuple(f"{kind}:{dtype}" for kind, dtype in dtypes.items()),
     )

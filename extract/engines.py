@@ -6,11 +6,10 @@ from math import inf, isfinite
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from mlc.configs.errors import MlcError, choose
 from mlc.extract.fold import fold_batchnorms
-from mlc.extract.forward import Engine, FixedBatch, ForwardPass
+from mlc.extract.forward import Engine, FixedBatch, ForwardPass, sample_pixels
 from mlc.extract.onnx_engine import build_onnxruntime
 
 AUTO = "auto"
@@ -71,7 +70,7 @@ def choose_engine(asked: str, forward: ForwardPass, batch_size: int) -> ChosenEn
             here or is not within the tolerance.
     """
     if asked != AUTO:
-        choose({**ENGINES, AUTO: None}, asked, "engine")
+        check_name(asked)
         return _checked(asked, forward, batch_size)
     passed_over = []
     for name in PREFERENCE if forward.device.type == "cpu" else ("torch",):
@@ -82,6 +81,11 @@ def choose_engine(asked: str, forward: ForwardPass, batch_size: int) -> ChosenEn
         else:
             return ChosenEngine(chosen.name, chosen.engine, ". ".join(passed_over))
     raise AssertionError("eager torch is never passed over")
+
+
+def check_name(asked: str) -> None:
+    """Raise an MlcError if there is no such engine, and it is not "auto"."""
+    choose({**ENGINES, AUTO: None}, asked, "engine")
 
 
 @torch.inference_mode()
@@ -115,17 +119,6 @@ def tolerance_of(forward: ForwardPass) -> float:
     return REDUCED_TOLERANCE if forward.dtype in REDUCED else TOLERANCE
 
 
-def sample_pixels(forward: ForwardPass, count: int) -> Tensor:
-    """Return made images (count, S, S, 3) uint8 with shapes and grain, the same every time."""
-    size_px = forward.reader.network.size_px
-    random = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 3, 7, 7, generator=random)
-    shapes = interpolate(coarse, (size_px, size_px), mode="bilinear")
-    grain = 0.05 * torch.randn(shapes.shape, generator=random)
-    images = (shapes + grain).clamp_(0, 1).mul_(255).to(torch.uint8)
-    return images.permute(0, 2, 3, 1).contiguous().to(forward.device)
-
-
 def require_precision(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse autocast on a CPU: without instructions for it, it is ten times slower.
 
@@ -135,7 +128,7 @@ def require_precision(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and dtype != torch.float32:
         raise MlcError(
             f"precision: {str(dtype).removeprefix('torch.')} is for GPUs, on a CPU it is many "
-            f"times slower than float32, got device {str(device)!r}; pass --set precision=float32"
+            f"times slower than float32, got device {str(device)!r}; choose float32 or a GPU"
         )
 
 

@@ -48,6 +48,12 @@ def compare_with_store(path: Path, images: ImageSet) -> tuple[LabelTable, list[P
     return merge_labels(kept, images.labels), lacking
 
 
+def recorded_batches(path: Path) -> tuple[int, int]:
+    """Return the images in a batch, and the rows in a shard, of the store at a path."""
+    with FeatureStore(path, unfinished=True) as store:
+        return store.batch_size, store.shard_rows
+
+
 def from_anywhere(layout: Layout, path: Path, root: Path) -> Layout:
     """Have images of another root than the store's added under their whole paths."""
     with FeatureStore(path, unfinished=True) as store:
@@ -109,13 +115,11 @@ def find_mended(
     Raises:
         MlcError: one still is, and that is to "raise".
     """
-    key = backbone.key
-    scratch = np.zeros((len(key.views), key.size_px, key.size_px, 3), dtype=np.uint8)
+    scratch = {backbone.squares: backbone.squares.blank(1)[:, 0]}
+    decode = DECODERS[backbone.key.decode]
     mended = np.zeros(len(files), dtype=np.bool_)
     for row in np.flatnonzero(bad).tolist():
-        error = load_image(
-            files[row], key.interpolation, key.views, scratch, decode=DECODERS[key.decode]
-        ).error
+        error = load_image(files[row], scratch, decode=decode).error
         if error and on_error == "raise":
             raise MlcError(f"{files[row]}: {error}; mend it, or pass --on-error skip")
         mended[row] = not error

@@ -1,18 +1,19 @@
 """The fast way from a JPEG to squares: another resize, and no more pixels than it needs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mlc.extract.images import Decode, as_shown, decode_views, open_image
-from mlc.extract.views import VIEWS, Box, crop_box
+from mlc.extract.images import Decode, as_shown, decode_views, open_image, squash
+from mlc.extract.views import VIEWS, Squares, View, crop_box, squash_views
 
 INTERPOLATIONS = ("bilinear", "bicubic")  # that torch has too
 SCALES = (8, 4, 2)  # that Pillow has libjpeg decode at
@@ -22,9 +23,7 @@ SCALES = (8, 4, 2)  # that Pillow has libjpeg decode at
 LEAST_PIXELS = 2
 
 
-def decode_views_fast(
-    data: bytes, *, size_px: int, interpolation: str, views: Sequence[str]
-) -> Iterator[NDArray[np.uint8]]:
+def decode_views_fast(data: bytes, *asked: Squares) -> Iterator[NDArray[np.uint8]]:
     """Do what ``decode_views`` does, faster for a JPEG and not to the last bit.
 
     What differs: a JPEG is decoded at a half, a quarter or an eighth of its scale where that
@@ -45,54 +44,53 @@ def decode_views_fast(
 
     Args:
         data: the bytes of a file in any format that Pillow reads.
-        size_px: side of the square S.
-        interpolation: a key of ``images.INTERPOLATIONS``.
-        views: V keys of ``VIEWS``.
+        asked: squares; those that want the same scale share a decoded photo.
 
     Yields:
-        V times (S, S, 3) uint8 RGB, to be read only.
+        Each view of each of them, (S, S, 3) uint8 RGB, to be read only.
 
     Raises:
         OSError, SyntaxError, ValueError, …: see ``decode_views``.
     """
     with open_image(data) as image:
-        fast = interpolation in INTERPOLATIONS and _is_large_jpeg(image, size_px)
-        photo = _decode_reduced(image, size_px, views) if fast else None
-    if photo is None:
-        yield from decode_views(data, size_px=size_px, interpolation=interpolation, views=views)
-        return
-    squashed: dict[Box | None, NDArray[np.uint8]] = {}  # views that only turn share a resize
-    for view in map(VIEWS.__getitem__, views):
-        if view.crop not in squashed:
-            box = crop_box(view, photo.shape[1], photo.shape[0])
-            squashed[view.crop] = _squash(photo, box, size_px, interpolation)
-        pixels = squashed[view.crop]
-        yield pixels if view.turn is None else view.turn(pixels)
+        scales = [_scale(image, each) for each in asked]
+    photos = {scale: _decode(data, scale) for scale in dict.fromkeys(scales)}
+    for scale, each in zip(scales, asked, strict=True):
+        yield from squash_views(each.views, partial(_squash, photos[scale], each))
 
 
-def _is_large_jpeg(image: Image.Image, size_px: int) -> bool:
+def _scale(image: Image.Image, asked: Squares) -> int | None:
+    """Return what an image's sides can be divided by; None if it has to be decoded exactly."""
     plain = isinstance(image, JpegImageFile) and image.mode in ("RGB", "L")
-    return plain and min(image.size) >= size_px
-
-
-def _decode_reduced(image: ImageFile.ImageFile, size_px: int, views: Sequence[str]) -> Tensor:
-    """Return a photo upright, (H, W, 3) uint8, at the smallest scale that will do."""
-    crops = [VIEWS[view].crop or (0, 0, 1, 1) for view in views]
+    fast = plain and asked.interpolation in INTERPOLATIONS and min(image.size) >= asked.size_px
+    if not fast:
+        return None
+    crops = [VIEWS[view].crop or (0, 0, 1, 1) for view in asked.views]
     share = min(right - left for left, _, right, _ in crops)
-    least = ceil(LEAST_PIXELS * size_px / share)
-    scale = next((scale for scale in SCALES if min(image.size) >= scale * least), 1)
-    if scale > 1:
-        image.draft(None, (image.width // scale, image.height // scale))
-    return torch.from_numpy(np.array(as_shown(image)))
+    least = ceil(LEAST_PIXELS * asked.size_px / share)
+    return next((scale for scale in SCALES if min(image.size) >= scale * least), 1)
 
 
-def _squash(photo: Tensor, box: Box | None, size_px: int, interpolation: str) -> NDArray[np.uint8]:
-    """Return a part of a photo (H, W, 3) uint8, resized to (S, S, 3) uint8."""
+def _decode(data: bytes, scale: int | None) -> Tensor | Image.Image:
+    """Return a photo upright, (H, W, 3) uint8, at a scale; as Pillow has it if there is none."""
+    with open_image(data) as image:
+        if scale is None:
+            return as_shown(image)
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
+        return torch.from_numpy(np.array(as_shown(image)))
+
+
+def _squash(photo: Tensor | Image.Image, asked: Squares, view: View) -> NDArray[np.uint8]:
+    """Return what a view shows of a photo before it is turned, (S, S, 3)."""
+    if isinstance(photo, Image.Image):
+        return squash(photo, asked, view)
+    box = crop_box(view, photo.shape[1], photo.shape[0])
     if box is not None:
         left, upper, right, lower = map(round, box)
         photo = photo[upper:lower, left:right]
-    batch = photo.permute(2, 0, 1)[None]
-    square = interpolate(batch, (size_px, size_px), mode=interpolation, antialias=True)
+    batch, size = photo.permute(2, 0, 1)[None], (asked.size_px, asked.size_px)
+    square = interpolate(batch, size, mode=asked.interpolation, antialias=True)
     return square[0].permute(1, 2, 0).numpy()
 
 

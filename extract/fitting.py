@@ -41,6 +41,7 @@ class FittingBatches:
                 if step == 1:
                     raise self._too_large(pixels, error) from None
                 self.most = step // 2
+                self._backbone = self._backbone.for_batches(self.most)
             torch.cuda.empty_cache()  # of what the larger batch took; without a GPU it does nothing
         if len(parts) == 1:
             return parts[0]

@@ -1,6 +1,7 @@
 """Forecast: what an extraction will take, told before it begins."""
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from time import perf_counter
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
-from mlc.extract.stream import stream_features
+from mlc.extract.stream import Asked, stream_each
 from mlc.store.layout import Layout
 from mlc.store.schema import ROW_ARRAYS
 
@@ -19,69 +20,108 @@ ROW_BYTES = 700  # of text, status and checksums, at most
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A store that lacks something.
+
+    Attributes:
+        backbone: what will run.
+        layout: of the store.
+        path: of the store.
+        files: the images that are to be extracted.
+    """
+
+    backbone: Backbone
+    layout: Layout
+    path: Path
+    files: Sequence[Path]
+
+    def store_bytes(self) -> int:
+        """Return what it will take on the disk, to some files' last blocks."""
+        layout, images = self.layout, len(self.files)
+        shards = -(-images // layout.shard_rows)
+        blocks = BLOCK_BYTES * shards * (len(ROW_ARRAYS) + 3 * len(layout.arrays))
+        return images * (layout.row_bytes() + ROW_BYTES) + blocks
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What an extraction will take.
 
     Attributes:
         images: to be extracted.
-        store_bytes: that they will take on the disk.
-        free_bytes: that are free there.
+        store_bytes: that they will take on the disk, in all stores.
+        free_bytes: that are free where the first store is.
         seconds: that they will take, None if there are so few that no probe was run.
+        stores: that are filled.
     """
 
     images: int
     store_bytes: int
     free_bytes: int
     seconds: float | None
+    stores: int = 1
 
     def __str__(self) -> str:
+        into = "" if self.stores == 1 else f" into {self.stores} stores"
         time = "" if self.seconds is None else f", about {_duration(self.seconds)}"
         return (
-            f"{self.images:,} images to extract: {_size(self.store_bytes)}{time}; "
+            f"{self.images:,} images to extract{into}: {_size(self.store_bytes)}{time}; "
             f"{_size(self.free_bytes)} are free"
         )
 
 
-def forecast(
-    backbone: Backbone, layout: Layout, path: Path, files: Sequence[Path], workers: int
-) -> Forecast:
-    """Foretell space, to some files' last blocks, and time, from a probe on the first images.
+def forecast(planned: Sequence[Planned], workers: int) -> Forecast:
+    """Foretell the space, and the time from a probe on the first images.
 
     Args:
-        backbone: what will run.
-        layout: of the store.
-        path: of the store.
-        files: the images that are to be extracted.
+        planned: stores that are filled in one pass.
         workers: threads that decode.
 
     Raises:
-        MlcError: it does not fit on the disk.
+        MlcError: they do not fit on the disk.
     """
-    shards = -(-len(files) // layout.shard_rows)
-    blocks = BLOCK_BYTES * shards * (len(ROW_ARRAYS) + 3 * len(layout.arrays))
-    store_bytes = len(files) * (layout.row_bytes() + ROW_BYTES) + blocks
-    free_bytes = shutil.disk_usage(_existing(path)).free
-    if store_bytes > free_bytes:
-        raise MlcError(
-            f"{path}: {len(files):,} images need {_size(store_bytes)}, "
-            f"{_size(free_bytes)} are free there; {_advice(layout)}name a folder on another disk "
-            "with --out"
-        )
-    return Forecast(len(files), store_bytes, free_bytes, _probe(backbone, layout, files, workers))
+    _require_space(planned)
+    files = list(dict.fromkeys(file for each in planned for file in each.files))
+    return Forecast(
+        images=len(files),
+        store_bytes=sum(each.store_bytes() for each in planned),
+        free_bytes=shutil.disk_usage(_existing(planned[0].path)).free,
+        seconds=_probe(planned, files, workers),
+        stores=len(planned),
+    )
 
 
-def _probe(backbone: Backbone, layout: Layout, files: Sequence[Path], workers: int) -> float | None:
+def _require_space(planned: Sequence[Planned]) -> None:
+    """Raise if what goes to one disk, in the order of the stores, does not fit there."""
+    needed: Counter[int] = Counter()
+    for each in planned:
+        folder = _existing(each.path)
+        needed[folder.stat().st_dev] += each.store_bytes()
+        total, free_bytes = needed[folder.stat().st_dev], shutil.disk_usage(folder).free
+        if total > free_bytes:
+            more = (
+                "" if total == each.store_bytes() else f", with the stores before it {_size(total)}"
+            )
+            raise MlcError(
+                f"{each.path}: {len(each.files):,} images need {_size(each.store_bytes())}{more}, "
+                f"{_size(free_bytes)} are free there; {_advice(each.layout)}name a folder on "
+                "another disk with --out"
+            )
+
+
+def _probe(planned: Sequence[Planned], files: Sequence[Path], workers: int) -> float | None:
     """Return the seconds that all images will take at the pace of the first."""
-    size = layout.batch_size
+    size = planned[0].layout.batch_size
     if len(files) < 4 * size * PROBE_BATCHES:
         return None
     batches = [range(start, start + size) for start in range(0, PROBE_BATCHES * size, size)]
+    asked = [Asked(each.backbone) for each in planned]
     started, timed = 0.0, 0
-    for number, batch in enumerate(stream_features(backbone, files, batches, workers)):
+    for number, parts in enumerate(stream_each(asked, files, batches, workers)):
         if number == 0:
             started = perf_counter()
             continue
-        timed += len(batch.rows)
+        timed += len(parts[0].rows)
         if perf_counter() - started > PROBE_SECONDS:
             break
     return (perf_counter() - started) / timed * len(files)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.store.schema import feature
@@ -84,6 +85,17 @@ def read_arrays(layers: Mapping[str, LayerFeatures], kinds: Iterable[str]) -> di
         for layer, features in layers.items()
         for kind, values in features.arrays(wanted).items()
     }
+
+
+def sample_pixels(forward: ForwardPass, count: int) -> Tensor:
+    """Return made images (count, S, S, 3) uint8 with shapes and grain, the same every time."""
+    size_px = forward.reader.network.size_px
+    random = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 7, 7, generator=random)
+    shapes = interpolate(coarse, (size_px, size_px), mode="bilinear")
+    grain = 0.05 * torch.randn(shapes.shape, generator=random)
+    images = (shapes + grain).clamp_(0, 1).mul_(255).to(torch.uint8)
+    return images.permute(0, 2, 3, 1).contiguous().to(forward.device)
 
 
 def _constant(values: tuple[float, ...], images: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import re
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from mlc.extract.views import ORIGINAL, VIEWS, Box, crop_box
+from mlc.extract.views import Squares, View, crop_box, squash_views
 from mlc.store.schema import HASH_CHARS
 
 INTERPOLATIONS = {
@@ -66,10 +67,8 @@ class LoadedImage:
 class Decode(Protocol):
     """A function like ``decode_views``."""
 
-    def __call__(
-        self, data: bytes, *, size_px: int, interpolation: str, views: Sequence[str]
-    ) -> Iterator[NDArray[np.uint8]]:
-        """Yield each view of an image, (S, S, 3)."""
+    def __call__(self, data: bytes, *asked: Squares) -> Iterator[NDArray[np.uint8]]:
+        """Yield each view of an image, (S, S, 3), of all that is asked for."""
         ...
 
 
@@ -80,21 +79,17 @@ def never(content_hash: str) -> bool:
 
 def load_image(
     path: Path,
-    interpolation: str,
-    views: Sequence[str],
-    pixels: NDArray[np.uint8],
+    pixels: Mapping[Squares, NDArray[np.uint8]],
     known: Callable[[str], bool] = never,
     decode: Decode | None = None,
 ) -> LoadedImage:
-    """Read and decode a file into ``pixels`` (V, S, S, 3) uint8, left alone if there are none.
+    """Read and decode a file into arrays of pixels, left alone if there are none.
 
     Runs in threads: Pillow works without the interpreter's lock.
 
     Args:
         path: the file.
-        interpolation: a key of ``INTERPOLATIONS``.
-        views: V keys of ``VIEWS``.
-        pixels: to be filled.
+        pixels: to be filled, (V, S, S, 3) for each that is asked for.
         known: asked with the content hash, in the thread that read the file; a photo that is
             known is not decoded.
         decode: of ``fast_images.DECODERS``; by default ``decode_views``.
@@ -112,10 +107,8 @@ def load_image(
     reason = ""
     _silence_pillow()
     try:
-        squares = (decode or decode_views)(
-            data, size_px=pixels.shape[1], interpolation=interpolation, views=views
-        )
-        for place, square in zip(pixels, squares, strict=True):
+        places = (place for array in pixels.values() for place in array)
+        for place, square in zip(places, (decode or decode_views)(data, *pixels), strict=True):
             place[:] = square
     except MemoryError:
         raise
@@ -148,13 +141,10 @@ def hash_content(data: bytes) -> str:
 
 def decode_image(data: bytes, *, size_px: int, interpolation: str) -> NDArray[np.uint8]:
     """Return the original view of an image, (S, S, 3); see ``decode_views``."""
-    views = (ORIGINAL,)
-    return next(decode_views(data, size_px=size_px, interpolation=interpolation, views=views))
+    return next(decode_views(data, Squares(size_px, interpolation)))
 
 
-def decode_views(
-    data: bytes, *, size_px: int, interpolation: str, views: Sequence[str]
-) -> Iterator[NDArray[np.uint8]]:
+def decode_views(data: bytes, *asked: Squares) -> Iterator[NDArray[np.uint8]]:
     """Decode an image once, as a viewer shows it, and yield each view, squashed to a square.
 
     Turned as its EXIF orientation says, the first frame of an animation, transparency over white,
@@ -163,12 +153,10 @@ def decode_views(
 
     Args:
         data: the bytes of a file in any format that Pillow reads.
-        size_px: side of the square S.
-        interpolation: a key of ``INTERPOLATIONS``; antialiased, as Pillow does it.
-        views: V keys of ``VIEWS``.
+        asked: squares, all made of one decoded photo.
 
     Yields:
-        V times (S, S, 3) uint8 RGB, to be read only.
+        Each view of each of them, (S, S, 3) uint8 RGB, to be read only.
 
     Raises:
         OSError, SyntaxError, ValueError, …: whatever Pillow raises on a broken file.
@@ -176,14 +164,14 @@ def decode_views(
     """
     with open_image(data) as image:
         shown = as_shown(image)
-    squashed: dict[Box | None, NDArray[np.uint8]] = {}  # views that only turn share a resize
-    for view in map(VIEWS.__getitem__, views):
-        if view.crop not in squashed:
-            box = crop_box(view, shown.width, shown.height)
-            square = shown.resize((size_px, size_px), INTERPOLATIONS[interpolation], box)
-            squashed[view.crop] = np.asarray(square)
-        pixels = squashed[view.crop]
-        yield pixels if view.turn is None else view.turn(pixels)
+    for each in asked:
+        yield from squash_views(each.views, partial(squash, shown, each))
+
+
+def squash(shown: Image.Image, asked: Squares, view: View) -> NDArray[np.uint8]:
+    """Return what a view shows of an RGB image before it is turned, (S, S, 3)."""
+    size, box = (asked.size_px, asked.size_px), crop_box(view, shown.width, shown.height)
+    return np.asarray(shown.resize(size, INTERPOLATIONS[asked.interpolation], box))
 
 
 def open_image(data: bytes) -> ImageFile.ImageFile:

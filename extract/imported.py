@@ -187,6 +187,7 @@ def _feature_key(sha256: Sequence[str], parts: Sequence[NDArray[Any]]) -> Featur
         mean=(),
         std=(),
         precision=UNKNOWN,
+        engine=UNKNOWN,
         views=(UNKNOWN,),
         features=("pooled:float16" if half else "pooled:float32",),
     )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
-from mlc.extract.fill import batches_of
+from mlc.extract.config import worker_count
 from mlc.extract.origin import Where, load_origin, photo_files, require_photos
-from mlc.extract.run import worker_count
+from mlc.extract.shards import batches_of
 from mlc.extract.stream import stream_features
 from mlc.store import schema
 from mlc.store.features import FeatureArray
@@ -52,7 +52,7 @@ def compare_live(path: Path, images: int, where: Where, progress: Progress = sil
             damaged.
     """
     with FeatureStore(path, unfinished=True) as store:
-        backbone = load_origin(path, store.key, store.made_by, where)
+        backbone = load_origin(path, store.key, store.made_by, store.batch_size, where)
         files = photo_files(store.made_by, store.file, where)
         good = store.status == schema.OK
         batches = _spread(store, images)

@@ -105,9 +105,12 @@ def _import_runtime() -> Any:
     try:
         runtime = import_module("onnxruntime")
         import_module("onnxscript")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MlcError(
             f"engine: onnxruntime needs the package {error.name}, which is not installed; "
             'pip install "mlc[onnx]"'
         ) from None
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise MlcError(f"engine: onnxruntime cannot be loaded ({reason}); choose folded") from None
     return runtime

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.images import hash_content, read_file
-from mlc.store.key import require_same_key
+from mlc.store.key import current_key, require_same_key
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Where:
     Attributes:
         root: the folder of the images.
         weights: the backbone's weights file.
-        device: "auto" is the GPU if there is one; the precision stays that of the features.
+        device: "auto" is the GPU if there is one; precision and engine stay those of the features.
     """
 
     root: Path | None = None
@@ -35,7 +35,11 @@ class Where:
 
 
 def load_origin(
-    path: Path, key: Mapping[str, Any], made_by: Mapping[str, Any], where: Where
+    path: Path,
+    key: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    batch_size: int,
+    where: Where,
 ) -> Backbone:
     """Return the backbone that made a store.
 
@@ -43,6 +47,7 @@ def load_origin(
         path: of the store, for errors.
         key: of the store.
         made_by: what the store recorded.
+        batch_size: of the store.
         where: things are now.
 
     Raises:
@@ -54,10 +59,15 @@ def load_origin(
             "run the same mlc import again, it writes what is damaged"
         )
     settings = dict(made_by["backbone_config"])
-    settings |= {"device": where.device, "precision": key["precision"]}
+    # "auto" may mean another engine here, whose features have other last bits.
+    settings |= {
+        "device": where.device,
+        "precision": key["precision"],
+        "engine": current_key(key)["engine"],
+    }
     if where.weights is not None:
         settings["weights"] = where.weights
-    backbone = load_backbone(BackboneConfig(**settings))
+    backbone = load_backbone(BackboneConfig(**settings), batch_size)
     require_same_key(path, key, backbone.key)
     return backbone
 

@@ -13,10 +13,11 @@ from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import ImageSet
 from mlc.datasets.source import DataConfig, read_images
+from mlc.extract.config import worker_count
 from mlc.extract.fill import Work, fill
 from mlc.extract.images import hash_content, read_file
 from mlc.extract.origin import Where, load_origin, photo_files, require_photos
-from mlc.extract.run import worker_count
+from mlc.extract.shards import Target
 from mlc.store import schema
 from mlc.store.checksums import row_crc32c
 from mlc.store.damage import mark_damaged, replace_names
@@ -84,7 +85,7 @@ def _extract_again(
     if known.made_by["backbone_config"] is None:  # mlc import writes what is pending
         mark_damaged(path, np.flatnonzero(wanted))
     # All that can fail comes first: what is damaged is then left as it is.
-    backbone = load_origin(path, known.key, known.made_by, where)
+    backbone = load_origin(path, known.key, known.made_by, known.batch_size, where)
     files = photo_files(known.made_by, known.file, where)
     _mend_hashes(path, files, np.flatnonzero(wanted), known.content_hash)
     require_photos(path, files, np.flatnonzero(wanted), known.content_hash)
@@ -93,7 +94,8 @@ def _extract_again(
         writer = StoreWriter.open(path)
     left = int((pending & ~wanted).sum())
     with writer.filling(finish=not left):
-        fill(writer, Work(backbone, files, wanted, worker_count(None)), progress)
+        target = Target(writer, backbone, wanted)
+        fill([target], Work(files, worker_count(None)), progress)
     return int(wanted.sum()), left
 
 
@@ -123,6 +125,7 @@ class _Known:
 
     key: dict[str, Any]
     made_by: dict[str, Any]
+    batch_size: int
     file: NDArray[np.str_]
     status: NDArray[np.uint8]
     content_hash: NDArray[np.str_]
@@ -140,7 +143,8 @@ def _read_known(path: Path) -> _Known:
                 with suppress(*BROKEN):
                     values[part] = backend.read(name, part.start, part.stop)
         file = backend.read(schema.FILE, 0, rows)
-        return _Known(attributes["key"], attributes["made_by"], file, status, content_hash)
+        key, made_by, batch_size = (attributes[each] for each in ("key", "made_by", "batch_size"))
+        return _Known(key, made_by, batch_size, file, status, content_hash)
 
 
 @contextmanager

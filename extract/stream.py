@@ -1,9 +1,10 @@
-"""The pipeline: threads read and decode ahead while the backbone runs on the batch before."""
+"""The pipeline: threads read and decode ahead while backbones run on the batch before."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -18,6 +19,7 @@ from mlc.extract.fast_images import DECODERS
 from mlc.extract.fitting import FittingBatches
 from mlc.extract.images import LoadedImage, load_image, never
 from mlc.extract.profile import span
+from mlc.extract.views import Squares
 
 BATCHES_AHEAD = 2  # bounds memory: 2 x 64 images of 448 px are 77 MB for each view
 NOT_FINITE = "the backbone gives features that are not finite numbers"
@@ -36,7 +38,8 @@ class FeatureBatch:
         content_hash: (B,) text; empty where the file was not or cannot be read.
         error: (B,) text, empty where nothing is wrong.
         decoded: (B,) bool: the features are of the photo, not of black pixels in its place.
-        seconds: time spent on "read", "decode" (both summed over threads) and "infer".
+        seconds: time spent on "read", "decode" (both summed over threads, and for all backbones
+            together) and "infer".
     """
 
     rows: range
@@ -48,11 +51,35 @@ class FeatureBatch:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is asked of a backbone.
+
+    Attributes:
+        backbone: what runs.
+        wanted: (N,) bool: it does not see the other images; their hash and error are empty.
+            None wants all.
+        known: asked with a content hash, by several threads; a photo that is known is read, for
+            its hash, and not decoded.
+    """
+
+    backbone: Backbone
+    wanted: NDArray[np.bool_] | None = None
+    known: Callable[[str], bool] = never
+
+    def wants(self, rows: range) -> NDArray[np.bool_]:
+        """Return which of some rows are wanted, (B,)."""
+        if self.wanted is None:
+            return np.ones(len(rows), dtype=np.bool_)
+        return self.wanted[rows.start : rows.stop]
+
+
+@dataclass(frozen=True)
 class _Loading:
-    """A batch on its way: pixels (V, B, S, S, 3) and what becomes of each file."""
+    """A batch on its way: pixels (V, B, S, S, 3), what becomes of each file, who wants it."""
 
     rows: range
-    pixels: NDArray[np.uint8]
+    wants: list[NDArray[np.bool_]]
+    pixels: dict[Squares, NDArray[np.uint8]]
     loads: list[Future[LoadedImage] | None]
 
 
@@ -65,33 +92,45 @@ def stream_features(
     wanted: NDArray[np.bool_] | None = None,
     known: Callable[[str], bool] = never,
 ) -> Iterator[FeatureBatch]:
-    """Yield the features of batches of images, in order.
+    """Yield the features of batches of images, in order; see ``Asked`` and ``stream_each``."""
+    asked = Asked(backbone, wanted, known)
+    for (batch,) in stream_each([asked], files, batches, workers):
+        yield batch
 
-    An image that is bad, not wanted or known takes its place in the batch as black pixels, so its
-    neighbours' features do not depend on it. A batch without any other does not run.
+
+def stream_each(
+    asked: Sequence[Asked], files: Sequence[Path], batches: Iterable[range], workers: int
+) -> Iterator[list[FeatureBatch]]:
+    """Yield the features that each of several backbones gives of batches of images, in order.
+
+    A photo is read and decoded once for all of them. One that is bad, not wanted or known takes
+    its place in the batch as black pixels, so its neighbours' features do not depend on it. A
+    batch without any other does not run.
 
     Args:
-        backbone: what runs.
+        asked: of each backbone; all decode the same way.
         files: all N images.
-        batches: rows of ``files`` that go through the backbone together.
+        batches: rows of ``files`` that go through the backbones together.
         workers: threads that read and decode.
-        wanted: (N,): the other images are not read; their hash and error are empty.
-        known: asked with a content hash, by several threads; a photo that is known is read, for
-            its hash, and not decoded.
 
     Raises:
         MlcError: none of a batch's images has finite features, at least two and half of the
             batch, and no image before had: the model is broken. Otherwise such an image is bad.
             Or not one image fits the GPU's memory.
     """
-    trusted, run = False, FittingBatches(backbone)
+    runs = [FittingBatches(each.backbone) for each in asked]
+    trusted = [False] * len(asked)
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        submitted = (_submit(pool, backbone, files, rows, wanted, known) for rows in batches)
+        submitted = (_submit(pool, asked, files, rows) for rows in batches)
         try:
             for loading in _loading_ahead(submitted):
-                batch = _infer(backbone, run, loading)
-                trusted = trusted or _has_finite(batch, backbone)
-                yield batch
+                images = _wait(loading)
+                parts = []
+                for index, (each, run) in enumerate(zip(asked, runs, strict=True)):
+                    batch = _infer(each.backbone, run, loading, loading.wants[index], images)
+                    trusted[index] = trusted[index] or _has_finite(batch, each.backbone)
+                    parts.append(batch)
+                yield parts
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -107,55 +146,62 @@ def _loading_ahead(submitted: Iterable[_Loading]) -> Iterator[_Loading]:
 
 
 def _submit(
-    pool: ThreadPoolExecutor,
-    backbone: Backbone,
-    files: Sequence[Path],
-    rows: range,
-    wanted: NDArray[np.bool_] | None,
-    known: Callable[[str], bool],
+    pool: ThreadPoolExecutor, asked: Sequence[Asked], files: Sequence[Path], rows: range
 ) -> _Loading:
-    key = backbone.key
-    shape = (len(key.views), len(rows), key.size_px, key.size_px, 3)
-    pixels = np.zeros(shape, dtype=np.uint8)
-    loads = [
-        pool.submit(
-            load_image,
-            files[row],
-            key.interpolation,
-            key.views,
-            pixels[:, place],
-            known,
-            DECODERS[key.decode],
-        )
-        if wanted is None or wanted[row]
-        else None
-        for place, row in enumerate(rows)
-    ]
-    return _Loading(rows, pixels, loads)
+    """Have the images of a batch loaded that any backbone wants, as those that want some see it."""
+    wants = [each.wants(rows) for each in asked]
+    pixels = {
+        each.backbone.squares: each.backbone.squares.blank(len(rows))
+        for each, wanted in zip(asked, wants, strict=True)
+        if wanted.any()
+    }
+    decode = DECODERS[asked[0].backbone.key.decode]
+    loads: list[Future[LoadedImage] | None] = []
+    for place, row in enumerate(rows):
+        askers = [each for each, wanted in zip(asked, wants, strict=True) if wanted[place]]
+        places = {squares: array[:, place] for squares, array in pixels.items()}
+        known = partial(_known_to_all, askers)
+        loads.append(pool.submit(load_image, files[row], places, known, decode) if askers else None)
+    return _Loading(rows, wants, pixels, loads)
 
 
-def _infer(backbone: Backbone, run: FittingBatches, loading: _Loading) -> FeatureBatch:
+def _known_to_all(asked: Sequence[Asked], content_hash: str) -> bool:
+    return all(each.known(content_hash) for each in asked)
+
+
+def _wait(loading: _Loading) -> list[LoadedImage]:
     with span("wait"):
-        images = [UNREAD if load is None else load.result() for load in loading.loads]
-    decoded = np.array([image.decoded for image in images], dtype=np.bool_)
+        return [UNREAD if load is None else load.result() for load in loading.loads]
+
+
+def _infer(
+    backbone: Backbone,
+    run: FittingBatches,
+    loading: _Loading,
+    wanted: NDArray[np.bool_],
+    images: Sequence[LoadedImage],
+) -> FeatureBatch:
+    """Run a batch through one backbone, as if there were no other."""
+    own = [each if want else UNREAD for each, want in zip(images, wanted, strict=True)]
+    decoded = np.array([image.decoded for image in own], dtype=np.bool_)
     start = perf_counter()
     if decoded.any():
         with span("infer"):
-            features, finite = _run_views(run, loading.pixels)
+            features, finite = _run_views(run, loading.pixels[backbone.squares])
         infer = perf_counter() - start
     else:
-        shape = (len(images), len(backbone.key.views))
+        shape = (len(own), len(backbone.key.views))
         features = {
             name: torch.zeros(*shape, *item, device=backbone.device)
             for name, item in backbone.arrays.items()
         }
-        finite, infer = np.ones(len(images), dtype=np.bool_), 0.0
+        finite, infer = np.ones(len(own), dtype=np.bool_), 0.0
     broken = decoded & ~finite
     return FeatureBatch(
         rows=loading.rows,
         features=features,
-        content_hash=np.array([image.content_hash for image in images]),
-        error=np.where(broken, NOT_FINITE, [image.error for image in images]),
+        content_hash=np.array([image.content_hash for image in own]),
+        error=np.where(broken, NOT_FINITE, [image.error for image in own]),
         decoded=decoded,
         seconds={
             "read": sum(image.read_seconds for image in images),

@@ -5,7 +5,7 @@ each 7/8 of both sides (224 of 256 px, the share of ImageNet's usual crop), squa
 but the objects at the far edge stay in the picture. Turns are of the squashed square.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,25 @@ class View:
 
     crop: Box | None = None
     turn: Turn | None = None
+
+
+@dataclass(frozen=True)
+class Squares:
+    """What a backbone is shown of an image: each view squashed to a square, (V, S, S, 3).
+
+    Attributes:
+        size_px: side of the square S.
+        interpolation: a key of ``images.INTERPOLATIONS``; antialiased, as Pillow does it.
+        views: V keys of ``VIEWS``.
+    """
+
+    size_px: int
+    interpolation: str
+    views: tuple[str, ...] = (ORIGINAL,)
+
+    def blank(self, images: int) -> NDArray[np.uint8]:
+        """Return black pixels (V, images, S, S, 3)."""
+        return np.zeros((len(self.views), images, self.size_px, self.size_px, 3), dtype=np.uint8)
 
 
 def check_views(views: Sequence[str]) -> tuple[str, ...]:
@@ -65,6 +84,23 @@ def crop_box(view: View, width: int, height: int) -> Box | None:
         return None
     left, upper, right, lower = view.crop
     return left * width, upper * height, right * width, lower * height
+
+
+def squash_views(
+    names: Sequence[str], squash: Callable[[View], NDArray[np.uint8]]
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield the square (S, S, 3) of each view by its name; those that only turn share a resize.
+
+    Args:
+        names: keys of ``VIEWS``.
+        squash: gives what a view shows, not turned yet.
+    """
+    squares: dict[Box | None, NDArray[np.uint8]] = {}
+    for view in map(VIEWS.__getitem__, names):
+        if view.crop not in squares:
+            squares[view.crop] = squash(view)
+        square = squares[view.crop]
+        yield square if view.turn is None else view.turn(square)
 
 
 def _crop(x: float, y: float) -> Box:

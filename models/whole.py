@@ -10,14 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mlc.configs.device import choose_device
 from mlc.configs.errors import MlcError, choose
 from mlc.configs.files import written_aside
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import find_images
 from mlc.datasets.labels import class_columns
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.fill import batches_of
-from mlc.extract.run import worker_count
+from mlc.extract.config import worker_count
+from mlc.extract.engines import AUTO
+from mlc.extract.shards import batches_of
 from mlc.extract.stream import stream_features
 from mlc.heads.inputs import mean_of_views
 from mlc.heads.modules import HEADS
@@ -56,7 +58,7 @@ class WholeModel:
         """
         logits = np.zeros((len(files), len(self.run.classes)), dtype=np.float32)
         bad: dict[int, str] = {}
-        batches = batches_of(range(len(files)), self.backbone.default_batch)
+        batches = batches_of(range(len(files)), self.backbone.batch_size)
         name = feature(self.backbone.key.layers[0], HEADS[self.run.config.head].reads)
         for batch in stream_features(self.backbone, files, batches, worker_count(None)):
             with torch.inference_mode():
@@ -77,7 +79,8 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     Args:
         run: what was trained.
         weights: where the backbone's weights file is now, if it moved.
-        device: where to run; the precision stays that of the features.
+        device: where to run. The precision is that of the features; of half precision, which
+            only GPUs have, float32 on a CPU.
 
     Raises:
         MlcError: the backbone cannot be had, or is not the same any more.
@@ -89,9 +92,12 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
             "of images; train on a store of mlc extract to use a run on images"
         )
     stored = current_key(made["key"])
-    settings = dict(made["backbone_config"]) | {
+    on_gpu = choose_device(device).type == "cuda"
+    settings = dict(made["backbone_config"])
+    settings |= {
         "device": device,
-        "precision": stored["precision"],
+        "precision": stored["precision"] if on_gpu else "float32",
+        "engine": AUTO,  # which is as near to eager torch as the one that made the features
         "layers": (run.config.layer or stored["layers"][0],),
         "features": (choose(HEADS, run.config.head, "head").reads,),
         "views": tuple(stored["views"][: None if run.config.eval_views == "mean" else 1]),
@@ -102,6 +108,8 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     # What else was stored of the same images does not change what the head reads.
     asked = replace(
         backbone.key,
+        precision=stored["precision"],
+        engine=stored["engine"],
         layers=tuple(stored["layers"]),
         features=tuple(stored["features"]),
         views=tuple(stored["views"]),

@@ -112,7 +112,7 @@ def compare(
 ) -> Comparison:
     """Compare two stores that differ in format or in what costs accuracy alone.
 
-    That is the dtypes and kinds of features, the decoder and the precision.
+    That is the dtypes and kinds of features, the decoder, the precision and the engine.
 
     Args:
         first: the store with the labels beside it, unless the config names others.

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from mlc.configs import Config
 from mlc.configs.errors import MlcError
-from mlc.extract.run import ExtractConfig, ExtractReport, extract
+from mlc.extract.config import ExtractConfig
+from mlc.extract.job import ExtractReport
+from mlc.extract.run import extract
 from mlc.heads.grid import SweepConfig
 from mlc.heads.sweep import sweep
 from mlc.report.console import progress_bar
@@ -44,6 +46,7 @@ def demo_features(config: DemoConfig) -> ExtractReport:
         root=config.out / "digits",
         backbone=BACKBONE,
         weights=packaged_weights(),
+        engine="folded",  # the same figures wherever it runs
         out=config.out / "features.zarr",
     )
     with progress_bar("extract", "images") as progress:

@@ -1,14 +1,14 @@
 """What a store holds, and what was found in it, in words: the output of ``mlc store``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlc.configs.errors import MlcError
 from mlc.report.compare_stores import Comparison, array_records, head_records
-from mlc.report.console import print_table
+from mlc.report.console import print_table, shares
 from mlc.store import schema
 from mlc.store.catalog import disk_usage
 from mlc.store.problems import bad_rows
@@ -20,6 +20,13 @@ if TYPE_CHECKING:  # timm takes seconds to import
     from mlc.extract.repair import Repair
 
 LIVE_COSINE = 0.999  # int8 is closer by far; another machine's arithmetic differs by 1e-6
+EXTRACTION_WORDS = {  # by name in a store's ``extraction``
+    "images": "{:,} images",
+    "bad": "{:,} bad",
+    "seconds": "{:,.1f} s",
+    "images_per_second": "{:,.1f} images/s",
+    "limited_by": "{} limits",
+}
 
 
 def describe_store(path: Path) -> str:
@@ -44,6 +51,7 @@ def describe_store(path: Path) -> str:
             *(describe_array(store, array) for array in store.arrays),
             *(f"{field}: {value}" for field, value in store.key.items()),
             *(f"made by {field}: {value}" for field, value in store.made_by.items()),
+            *describe_extraction(store.extraction),
             f"labels: {labels_path(path) if labels_path(path).is_file() else 'none beside it'}",
             *(f"bad image: {file}: {reason}" for file, reason in store.errors().items()),
         ]
@@ -62,6 +70,25 @@ def describe_array(store: FeatureStore, array: str) -> str:
         images = int((clipped > 0).any(axis=1).sum())
         of_clipped = f", {int(clipped.sum()):,} numbers of {images:,} images clipped"
     return f"{array}: {features.shape} {features.dtype}{of_grid}{of_clipped}"
+
+
+def describe_extraction(summary: Mapping[str, Any]) -> list[str]:
+    """Return what is known of how a store was extracted last; no lines if nothing is.
+
+    E.g. ``last extraction: 300 images, 2 bad, 12.0 s, 25.0 images/s, decode limits`` and
+    ``its stages: read 2 %, decode 76 %, infer 12 %, write 10 %; GPU 50 % idle``.
+
+    Args:
+        summary: as ``Pace.summary`` says, or some of it.
+    """
+    known = {name: value for name, value in summary.items() if value is not None}
+    words = [form.format(known[name]) for name, form in EXTRACTION_WORDS.items() if name in known]
+    busy = known.get("busy_seconds", {})
+    times = [shares(busy, tuple(busy))] if busy else []
+    if "idle_share" in known:
+        times.append(f"GPU {100 * known['idle_share']:.0f} % idle")
+    lines = {"last extraction: ": ", ".join(words), "its stages: ": "; ".join(times)}
+    return [start + line for start, line in lines.items() if line]
 
 
 def print_verification(path: Path, found: Verification) -> None:

@@ -11,7 +11,7 @@ from mlc.store.features import FeatureArray
 from mlc.store.reader import FeatureStore
 
 # Fields of a key that cost accuracy: what two stores are compared for.
-COMPARED = ("features", "decode", "precision")
+COMPARED = ("features", "decode", "precision", "engine")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mlc.report.written import PARTIAL, check_table_path, footnote, to_records, 
 
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
     from mlc.extract.forecast import Forecast
-    from mlc.extract.run import ExtractReport
+    from mlc.extract.job import ExtractReport
 
 
 def print_forecast(forecast: "Forecast") -> None:
@@ -27,7 +27,34 @@ def print_forecast(forecast: "Forecast") -> None:
 
 def print_extraction(report: "ExtractReport") -> None:
     """Print what an extraction did: backbone, bad images, shares of time, where the store is."""
-    click.echo(f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}")
+    print_extractions([report])
+
+
+def print_extractions(reports: Sequence["ExtractReport"]) -> None:
+    """Print what a pass over the images did for each store, and how long it took."""
+    for report in reports:
+        _print_store(report)
+    pace = next((report.pace for report in reports if report.pace), None)
+    if pace is not None:
+        busy = pace["busy_seconds"]
+        click.echo(
+            f"{pace['images']:,} images in {pace['seconds']:.1f} s, "
+            f"{pace['images_per_second']:.1f} images/s, {pace['limited_by']} limits: "
+            f"{shares(busy, tuple(busy))}"
+        )
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
+        click.echo(note, err=True)
+    for report in reports:
+        if not report.complete:
+            click.echo(f"when all workers have ended: mlc store finish {report.path}")
+        click.echo(f"store: {report.path}")
+
+
+def _print_store(report: "ExtractReport") -> None:
+    click.echo(
+        f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}, "
+        f"engine {report.engine}"
+    )
     print_bad(report.bad)
     for array, (images, numbers) in report.clipped.items():
         click.echo(
@@ -38,22 +65,10 @@ def print_extraction(report: "ExtractReport") -> None:
         click.echo(f"left to another worker: {left}", err=True)
     if report.copied:
         click.echo(f"{report.copied:,} images copied from others of the same photo")
-    if report.extracted:
-        pace, busy = report.pace, report.pace["busy_seconds"]
-        click.echo(
-            f"{report.extracted:,} images in {pace['seconds']:.1f} s, "
-            f"{pace['images_per_second']:.1f} images/s, {pace['limited_by']} limits: "
-            f"{shares(busy, tuple(busy))}"
-        )
-    elif not report.copied:
+    if not report.extracted and not report.copied:
         click.echo(f"nothing to do, all {report.images:,} images were there")
-    for note in report.notes:
-        click.echo(note, err=True)
     if report.rows > report.images:
         click.echo(f"the store holds {report.rows - report.images:,} more images than these")
-    if not report.complete:
-        click.echo(f"when all workers have ended: mlc store finish {report.path}")
-    click.echo(f"store: {report.path}")
 
 
 def print_bad(bad: Mapping[str, str]) -> None:

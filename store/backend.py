@@ -64,8 +64,15 @@ class Backend(Protocol):
         """Return the root's attributes."""
         ...
 
-    def set_attribute(self, name: str, value: Any) -> None:
-        """Set an attribute; one that exists must keep its type and, for text, its length."""
+    def set_attribute(self, name: str, value: Any, max_bytes: int = 0) -> None:
+        """Set an attribute; one that exists must keep its type and, for text, its length.
+
+        Args:
+            name: of the attribute.
+            value: JSON.
+            max_bytes: the length of an attribute whose JSON may change, always the same, and more
+                than that JSON ever has; a kill may leave None of it, and of nothing else.
+        """
         ...
 
     def create_array(

@@ -59,6 +59,7 @@ def convert(
     """Write a store anew in another format, with narrower dtypes, or without a kind of features.
 
     What keeps its dtype is copied byte for byte; all that is read is compared with its checksums.
+    The new store says of its extraction what the source does, as of what made its features.
     A killed call leaves an unfinished store, and the same call goes on; it also converts images
     that were added to the source meanwhile. Of a damaged source nothing is made.
 
@@ -116,6 +117,7 @@ def _convert(source: Source, path: Path, key: FeatureKey, progress: Progress) ->
                 shutil.copyfile(labels, partial)
         result = Conversion(path, len(target.rows))
         target.fill(result, progress)
+        schema.record_extraction(backend, source.store.extraction)
         backend.set_attribute("complete", True)
         result.clipped = {
             array: int(backend.read(schema.clipped(array)).sum()) for array in layout.arrays

@@ -95,18 +95,19 @@ class Hdf5Backend:
         try:
             for name, value in self._file.attrs.items():
                 plain = isinstance(value, np.bool_ | np.integer)
-                values[name] = value.item() if plain else json.loads(value)
+                values[name] = value.item() if plain else _load(value)
         except (TypeError, ValueError):
             raise MlcError(f"{self.path}: an HDF5 file, but not a feature store") from None
         return values
 
-    def set_attribute(self, name: str, value: Any) -> None:
+    def set_attribute(self, name: str, value: Any, max_bytes: int = 0) -> None:
         """Set an attribute; ``modify`` overwrites an existing one in place.
 
         Text is of fixed length, as HDF5 keeps any other far from what tells where arrays are.
+        What may become longer is padded with spaces.
         """
         kinds = {bool: np.bool_, int: np.int64}
-        make = kinds.get(type(value), lambda other: np.bytes_(json.dumps(other)))
+        make = kinds.get(type(value), lambda other: np.bytes_(json.dumps(other).ljust(max_bytes)))
         self._file.attrs.modify(name, make(value))
 
     def create_array(
@@ -250,6 +251,19 @@ class Hdf5Backend:
         if name not in self._file:
             raise MlcError(f"{self.path}: damaged, it has no array {name!r}; extract it again")
         return self._file[name]
+
+
+def _load(text: bytes) -> Any:
+    """Return what a text attribute says, None if it is padded and no JSON.
+
+    Padded text is rewritten, and a kill may tear that between two pages of the file.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        if not text.endswith(b" "):
+            raise
+        return None
 
 
 def _undo_growth(path: Path) -> None:

@@ -29,6 +29,7 @@ class FeatureKey:
         mean: of the normalisation, per RGB channel, pixels in [0, 1].
         std: of the normalisation.
         precision: of the forward pass.
+        engine: that runs the forward pass; each rounds in its own way.
         views: names of the cached views of an image.
         features: kinds and dtypes of the stored numbers, as "pooled:float32"; see
             ``feature_dtypes``.
@@ -44,6 +45,7 @@ class FeatureKey:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str
+    engine: str
     views: tuple[str, ...]
     features: tuple[str, ...]
 
@@ -86,8 +88,11 @@ def feature_dtypes(features: Sequence[str]) -> dict[str, str]:
 
 
 def current_key(key: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded key with the fields of today: earlier ones had the dtype of "pooled"."""
-    fields = dict(key)
+    """Return a recorded key with the fields of today.
+
+    Earlier ones had the dtype of "pooled", and eager torch was all there was.
+    """
+    fields = {"engine": "torch"} | dict(key)
     if "dtype" in fields:
         fields["features"] = [f"pooled:{fields.pop('dtype')}"]
     return fields
@@ -95,7 +100,7 @@ def current_key(key: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_same_key(where: object, stored: Mapping[str, Any], asked: FeatureKey) -> None:
     """Raise an MlcError that names each field in which a store differs from what is asked."""
-    wanted = asked.to_json()
+    wanted, stored = asked.to_json(), current_key(stored)
     differences = [
         f"{field}: stored {stored.get(field)!r}, asked {wanted.get(field)!r}"
         for field in sorted(wanted.keys() | stored.keys())

@@ -164,6 +164,7 @@ def _lay_out(backend: Backend, layout: Layout) -> None:
     attributes["attributes_crc32c"] = schema.attributes_crc32c(attributes)
     for name, value in attributes.items():
         backend.set_attribute(name, value)
+    backend.set_attribute(schema.EXTRACTION, {}, schema.EXTRACTION_BYTES)
     for name, text in ((schema.IMAGE_ID, layout.image_id), (schema.FILE, layout.file)):
         # One chunk: a COCO of 122,218 rows is a few MB, and text is read whole.
         backend.create_text(name, rows, longest(text), rows)

@@ -11,6 +11,7 @@ from mlc.configs.errors import MlcError, choose
 from mlc.store import schema
 from mlc.store.checksums import row_crc32c
 from mlc.store.features import FeatureArray, open_features
+from mlc.store.key import current_key
 from mlc.store.problems import BROKEN
 
 
@@ -21,6 +22,8 @@ class FeatureStore:
         path: where it is.
         key: the fields of its FeatureKey.
         made_by: what was recorded when it was made.
+        extraction: how the last one that extracted images went, as ``Pace.summary`` says; {} if
+            nothing was recorded.
         image_id: (N,) text.
         file: (N,) text.
         status: (N,) uint8 of ``schema.PENDING``, ``OK``, ``BAD``.
@@ -61,8 +64,9 @@ class FeatureStore:
         attributes = self._backend.attributes()
         schema.require_version(path, attributes)
         self.complete: bool = attributes["complete"]
-        self.key: dict[str, Any] = attributes["key"]
+        self.key: dict[str, Any] = current_key(attributes["key"])
         self.made_by: dict[str, Any] = attributes["made_by"]
+        self.extraction: dict[str, Any] = schema.read_extraction(attributes)
         self.batch_size: int = attributes["batch_size"]
         self.shard_rows: int = attributes["shard_rows"]
         self.grids: dict[str, list[int]] = attributes["grids"]

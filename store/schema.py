@@ -3,7 +3,8 @@
 Root attributes: ``schema_version``, ``key`` (FeatureKey), ``complete``, ``rows`` (N; an array that
 was being lengthened when a process was killed may be longer), ``shard_rows``, ``batch_size``,
 ``grids`` ((H, W) of the tokens, by layer), ``scale_crc32c`` (by int8 array), ``made_by`` (versions,
-command, weights and their licence: recorded, not compared), ``attributes_crc32c``.
+command, weights and their licence: recorded, not compared), ``attributes_crc32c``, ``extraction``
+(how the last extraction of images went, as its pace sums it up, and a checksum; {} before one).
 
 Arrays, a row for each image: the names below, and for each layer the feature arrays that the key
 asks for, with V views: ``<layer>/pooled`` (N, V, D), ``<layer>/tokens`` (N, V, T, C), and
@@ -42,6 +43,10 @@ ROW_CRC32C = "row_crc32c"
 # Attributes that never change, under the checksum ``attributes_crc32c``.
 FIXED = ("key", "shard_rows", "batch_size", "grids", "scale_crc32c", "made_by")
 ROW_ARRAYS = (IMAGE_ID, FILE, CONTENT_HASH, STATUS, ERROR, ROW_CRC32C)
+
+EXTRACTION = "extraction"  # an attribute that changes
+EXTRACTION_BYTES = 2048  # that HDF5 keeps for its JSON: stores are laid out with as many
+CRC32C = "crc32c"  # in it, of the rest
 
 PENDING, OK, BAD = 0, 1, 2  # values of STATUS
 STATUS_DTYPE = np.dtype(np.uint8)
@@ -137,8 +142,45 @@ def require_version(path: Path, attributes: Mapping[str, Any]) -> None:
 
 def attributes_crc32c(attributes: Mapping[str, Any]) -> int:
     """Return a checksum of the attributes that never change."""
-    text = json.dumps([attributes.get(name) for name in FIXED], sort_keys=True)
-    return int(google_crc32c.value(text.encode()))
+    return _json_crc32c([attributes.get(name) for name in FIXED])
+
+
+def record_extraction(backend: Backend, summary: Mapping[str, Any]) -> None:
+    """Set the attribute ``extraction`` of a store that was laid out with it; others stay without.
+
+    An entry for which there is no room any more is left out: an extraction is not to fail in the
+    end for what is said of it.
+
+    Args:
+        backend: open for writing, by no other process.
+        summary: JSON values, the important first.
+    """
+    if EXTRACTION not in backend.attributes():
+        return
+    kept: dict[str, Any] = {}
+    for name, value in summary.items():
+        more = kept | {name: value}
+        # One byte is left for the padding, by which it is known as text that changes.
+        if len(json.dumps(_with_crc32c(more))) < EXTRACTION_BYTES:
+            kept = more
+    backend.set_attribute(EXTRACTION, _with_crc32c(kept), EXTRACTION_BYTES)
+
+
+def read_extraction(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was recorded of the last extraction; {} if nothing was, or if it is damaged."""
+    stored = attributes.get(EXTRACTION)
+    if not isinstance(stored, dict):
+        return {}
+    summary = {name: value for name, value in stored.items() if name != CRC32C}
+    return summary if stored == _with_crc32c(summary) else {}
+
+
+def _with_crc32c(summary: Mapping[str, Any]) -> dict[str, Any]:
+    return {**summary, CRC32C: _json_crc32c(summary)} if summary else {}
+
+
+def _json_crc32c(value: Any) -> int:
+    return int(google_crc32c.value(json.dumps(value, sort_keys=True).encode()))
 
 
 def read_errors(backend: Backend, rows: int) -> dict[str, str]:

@@ -209,6 +209,20 @@ class StoreWriter:
         self._thread.submit(lambda: None).result()
         self._raise_failure()
 
+    def record(self, summary: Mapping[str, Any]) -> None:
+        """Record how the extraction went that ends here, in place of the one before.
+
+        Several workers that fill one store must not: each would set back what others have set.
+
+        Args:
+            summary: JSON values; see ``schema.record_extraction`` for what does not fit.
+
+        Raises:
+            MlcError: a write failed: the disk is full.
+        """
+        self.drain()
+        schema.record_extraction(self._backend, summary)
+
     def set_pending(self, rows: NDArray[np.intp]) -> None:
         """Have rows written again: from now on they are pending, and the store is unfinished."""
         self._backend.set_attribute("complete", False)

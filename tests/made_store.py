@@ -34,6 +34,7 @@ KEY = FeatureKey(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     precision="float32",
+    engine="torch",
     views=VIEWS[:1],
     features=("pooled:float32",),
 )

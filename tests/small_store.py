@@ -20,6 +20,7 @@ KEY = FeatureKey(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     precision="float32",
+    engine="torch",
     views=("orig", "flip"),
     features=("pooled:float32", "tokens:float16"),
 )

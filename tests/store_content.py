@@ -29,6 +29,7 @@ KEY = FeatureKey(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.25, 0.5),
     precision="float32",
+    engine="torch",
     views=("orig", "hflip"),
     features=FEATURES,
 )

@@ -15,17 +15,20 @@ from mlc.store.reader import FeatureStore
 
 pytestmark = pytest.mark.slow
 
+BACKBONES = ("tf_efficientnet_lite0", "test_resnet")
 KILLS = 10
 IMAGES = 600
 PAUSE_SECONDS = 0.6  # of work before a kill, at most
 
 
-def command(folder: Path, out: str) -> list[str]:
+def command(folder: Path, *outs: str) -> list[str]:
+    """Return the command that fills stores, each of another backbone, in one pass."""
     table = folder / "some.csv"
     return [
         *(sys.executable, "-m", "mlc", "extract", "--data", str(table), "--random-weights"),
-        *("--root", str(folder / "digits"), "--backbone", "tf_efficientnet_lite0"),
-        *("--set", "shard_rows=16", "--out", str(folder / out)),
+        *("--root", str(folder / "digits"), "--backbone", ",".join(BACKBONES[: len(outs)])),
+        *("--set", "shard_rows=16", "--engine", "folded"),
+        *("--out", ",".join(str(folder / out) for out in outs)),
     ]
 
 
@@ -56,22 +59,31 @@ def kill_at_random(asked: list[str], path: Path, generator: random.Random) -> No
         process.send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("suffix", schema.SUFFIXES)
-def test_ten_kills_leave_no_trace(folder: Path, suffix: str) -> None:
-    subprocess.run(command(folder, f"whole{suffix}"), check=True, capture_output=True)
-    generator = random.Random(suffix)
-    path = folder / f"killed{suffix}"
-    left = []
-    for _ in range(KILLS):
-        kill_at_random(command(folder, path.name), path, generator)
-        left.append(pending(path) if path.exists() else IMAGES)
-    assert sum(count > 0 for count in left) >= KILLS // 2, left
-    assert left == sorted(left, reverse=True), "a kill lost finished shards"
-    subprocess.run(command(folder, path.name), check=True, capture_output=True)
-    with FeatureStore(folder / f"whole{suffix}") as whole, FeatureStore(path) as killed:
+def assert_same_bytes(whole_path: Path, killed_path: Path) -> None:
+    with FeatureStore(whole_path) as whole, FeatureStore(killed_path) as killed:
         for name in ("image_id", "file", "status"):
             np.testing.assert_array_equal(getattr(whole, name), getattr(killed, name))
         np.testing.assert_array_equal(whole.content_hash(), killed.content_hash())
         assert whole.pooled().tobytes() == killed.pooled().tobytes()
-    kept = list(path.rglob("*.partial")) if path.is_dir() else []
+    kept = list(killed_path.rglob("*.partial")) if killed_path.is_dir() else []
     assert not kept
+
+
+@pytest.mark.parametrize("suffixes", [(".zarr",), (".h5",), (".zarr", ".h5")], ids="+".join)
+def test_ten_kills_leave_no_trace(folder: Path, suffixes: tuple[str, ...]) -> None:
+    name = "+".join(suffixes).replace(".", "")
+    whole = [f"{name}-whole{suffix}" for suffix in suffixes]
+    killed = [f"{name}-killed{suffix}" for suffix in suffixes]
+    subprocess.run(command(folder, *whole), check=True, capture_output=True)
+    generator = random.Random(name)
+    paths = [folder / each for each in killed]
+    left = []
+    for _ in range(KILLS):
+        kill_at_random(command(folder, *killed), paths[0], generator)
+        left.append([pending(path) if path.exists() else IMAGES for path in paths])
+    assert sum(min(counts) > 0 for counts in left) >= KILLS // 2, left
+    for counts in zip(*left, strict=True):
+        assert list(counts) == sorted(counts, reverse=True), "a kill lost finished shards"
+    subprocess.run(command(folder, *killed), check=True, capture_output=True)
+    for one, path in zip(whole, paths, strict=True):
+        assert_same_bytes(folder / one, path)

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from pydantic import Field
 
-from mlc.configs import Config, dump, load, recipes
+from mlc.configs import Config, dump, load, load_each, recipes
 from mlc.configs.errors import MlcError
 from mlc.datasets.prepare import PrepareConfig
-from mlc.extract.run import ExtractConfig
+from mlc.extract.config import ExtractConfig
 from mlc.heads.config import TrainConfig
 from mlc.heads.grid import SweepConfig
 from mlc.report.demo import DemoConfig
@@ -255,3 +255,52 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
 def test_text_that_looks_like_a_number_survives_dump_and_load(tmp_path: Path, text: str) -> None:
     config = Toy(names=(text,), out=Path(text))
     assert load(Toy, "toy", recipe(tmp_path, dump(config))) == config
+
+
+# --- lists ---------------------------------------------------------------------------------------
+
+
+def toys(*overrides: str, **flags: object) -> list[tuple[int, Path | None]]:
+    """The steps and outs of the configs that lists of both give."""
+    configs = load_each(Toy, "toy", ("steps", "out"), None, overrides, flags)
+    return [(each.steps, each.out) for each in configs]
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ({}, [(10, None)]),
+        ({"steps": 3}, [(3, None)]),
+        ({"steps": (3,)}, [(3, None)]),
+        ({"steps": (3, 4)}, [(3, None), (4, None)]),
+        ({"steps": "3, 4", "out": Path("a,b")}, [(3, Path("a")), (4, Path("b"))]),
+        ({"steps": (3, 4), "out": "a"}, [(3, Path("a")), (4, Path("a"))]),
+        ({"out": "a,,c"}, [(10, Path("a")), (10, None), (10, Path("c"))]),
+        ({"out": "a,"}, [(10, Path("a")), (10, None)]),
+        ({"steps": ()}, [(10, None)]),
+    ],
+)
+def test_a_list_gives_a_config_for_each_item(flags: dict[str, object], want: list[object]) -> None:
+    assert toys(**flags) == want
+
+
+def test_lists_come_from_overrides_and_recipes_too(tmp_path: Path) -> None:
+    assert toys("steps=3,4", "out=[a, 'b,c']") == [(3, Path("a")), (4, Path("b,c"))]
+    path = recipe(tmp_path, "steps: [3, 4]\nlr: 1e-3\n")
+    assert [each.lr for each in load_each(Toy, "toy", ("steps",), path)] == [1e-3, 1e-3]
+
+
+def test_what_is_not_to_be_split_is_not() -> None:
+    (config,) = load_each(Toy, "toy", ("steps",), flags={"names": ("a", "b"), "out": "a,b"})
+    assert (config.names, config.out) == (("a", "b"), Path("a,b"))
+
+
+def test_lists_of_other_lengths_are_a_mistake() -> None:
+    sentence = r"^out: should be one value, or one for each of the 3 of steps, got 2: a, b$"
+    with pytest.raises(MlcError, match=sentence):
+        toys(steps=(1, 2, 3), out="a,b")
+
+
+def test_a_mistake_in_an_item_is_told() -> None:
+    with pytest.raises(MlcError, match=r"^toy: steps: should be a valid integer, got 'x'$"):
+        toys(steps="3,x")

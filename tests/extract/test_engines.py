@@ -1,7 +1,9 @@
 """Engines: each gives what eager torch gives, and one that does not is not used."""
 
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,11 +22,10 @@ from mlc.extract.engines import (
     check_engine,
     choose_engine,
     require_precision,
-    sample_pixels,
     tolerance_of,
 )
 from mlc.extract.fold import fold_batchnorms, foldable
-from mlc.extract.forward import Engine, FixedBatch, ForwardPass
+from mlc.extract.forward import Engine, FixedBatch, ForwardPass, sample_pixels
 from mlc.extract.layers import LayerReader
 from mlc.extract.network import Network
 from mlc.extract.onnx_engine import build_onnxruntime
@@ -46,7 +47,7 @@ def eager(name: str = "test_resnet", **settings: Any) -> ForwardPass:
     size_px, layers = CASES[name]
     values = {"layers": layers, "features": ("pooled", "tokens"), "size_px": size_px} | settings
     loaded = load_backbone(
-        BackboneConfig(backbone=name, random_weights=True, device="cpu", **values)
+        BackboneConfig(backbone=name, random_weights=True, device="cpu", engine="torch", **values)
     )
     torch.manual_seed(0)
     for each in loaded.module.modules():
@@ -141,9 +142,8 @@ def test_an_engine_leaves_the_pixels_alone() -> None:
 
 
 def test_the_eager_pass_is_that_of_the_backbone() -> None:
-    loaded = load_backbone(
-        BackboneConfig(backbone="test_resnet", random_weights=True, device="cpu", size_px=64)
-    )
+    settings = {"random_weights": True, "device": "cpu", "size_px": 64}
+    loaded = load_backbone(BackboneConfig(backbone="test_resnet", engine="torch", **settings))
     forward = loaded.forward
     pixels = sample_pixels(forward, BATCH)
     assert_same(run(forward, pixels), loaded.features(pixels.numpy()))
@@ -268,6 +268,13 @@ def test_training_norms_and_changed_weights_are_left() -> None:
 # --- the check and the choice --------------------------------------------------------------------
 
 
+@pytest.fixture
+def shipped_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "auto" try onnxruntime first, as it does outside tests; see tests/conftest.py."""
+    monkeypatch.setattr(engines, "PREFERENCE", PREFERENCE)  # as it was when this was imported
+    assert engines.PREFERENCE == ("onnxruntime", "folded", "torch")
+
+
 def off_by(share: float) -> Any:
     """Return a builder of engines that are wrong in one number of the last array."""
 
@@ -330,6 +337,7 @@ def test_features_that_are_all_zero_can_be_compared() -> None:
     assert check_engine(near, zeros, torch.zeros(2, 8, 8, 3)).largest == 1
 
 
+@pytest.mark.usefixtures("shipped_order")
 def test_an_engine_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(forward: ForwardPass, _: int) -> Engine:
         raise AttributeError("no such thing")
@@ -338,6 +346,7 @@ def test_an_engine_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(ENGINES, "onnxruntime", lambda *_: build)
     chosen = choose_engine("auto", eager(), BATCH)
     assert chosen.name == "torch"
+    assert "onnxruntime is passed over: engine: onnxruntime cannot run" in chosen.note
     assert "folded cannot run test_resnet here (no such thing)" in chosen.note
     with pytest.raises(MlcError, match=r"folded cannot run test_resnet"):
         choose_engine("folded", eager(), BATCH)
@@ -351,6 +360,7 @@ def test_a_wrong_engine_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         choose_engine("folded", eager(), BATCH)
 
 
+@pytest.mark.usefixtures("shipped_order")
 def test_a_wrong_engine_is_passed_over_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnxruntime", "folded"):
         monkeypatch.setitem(ENGINES, name, off_by(3 * TOLERANCE))
@@ -360,22 +370,50 @@ def test_a_wrong_engine_is_passed_over_by_auto(monkeypatch: pytest.MonkeyPatch) 
     assert ". folded is passed over: " in chosen.note
 
 
+@pytest.mark.usefixtures("shipped_order")
 def test_an_engine_within_the_tolerance_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "onnxruntime", off_by(0.3 * TOLERANCE))
     chosen = choose_engine("auto", eager(), BATCH)
-    assert (chosen.name, chosen.note) == (PREFERENCE[0], "")
+    assert (chosen.name, chosen.note) == ("onnxruntime", "")
 
 
+@pytest.mark.usefixtures("shipped_order")
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
 def test_auto_without_onnxruntime_folds_and_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    monkeypatch.setitem(sys.modules, package, None)
     chosen = choose_engine("auto", eager(), BATCH)
     assert chosen.name == "folded"
+    assert chosen.note.startswith(
+        f"onnxruntime is passed over: engine: onnxruntime needs the package {package}, "
+    )
     assert 'pip install "mlc[onnx]"' in chosen.note
     assert choose_engine("auto", eager("test_vit"), BATCH).name == "torch"
-    with pytest.raises(MlcError, match="needs the package onnxruntime"):
+    with pytest.raises(MlcError, match=f"needs the package {package}"):
         choose_engine("onnxruntime", eager(), BATCH)
+
+
+@pytest.mark.usefixtures("shipped_order")
+def test_auto_folds_where_onnxruntime_is_installed_and_does_not_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise ImportError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(onnx_engine, "import_module", fail)
+    chosen = choose_engine("auto", eager(), BATCH)
+    assert chosen.name == "folded"
+    assert chosen.note.startswith("onnxruntime is passed over: ")
+    assert "folded is passed over" not in chosen.note
+
+
+def test_in_tests_auto_does_not_try_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See tests/conftest.py."""
+    monkeypatch.setitem(ENGINES, "onnxruntime", lambda forward, _: forward)
+    chosen = choose_engine("auto", eager(), BATCH)
+    assert (chosen.name, chosen.note) == ("folded", "")
 
 
 class OnGpu(ForwardPass):
@@ -455,6 +493,7 @@ def test_onnxruntime_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("shipped_order")
 def test_onnxruntime_is_what_auto_takes_where_it_is_installed() -> None:
     need_onnxruntime()
     chosen = choose_engine("auto", eager(), BATCH)

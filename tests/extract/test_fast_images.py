@@ -9,19 +9,19 @@ from PIL import Image
 from mlc.extract import fast_images
 from mlc.extract.fast_images import decode_views_fast
 from mlc.extract.images import INTERPOLATIONS, decode_views
-from mlc.extract.views import VIEWS
+from mlc.extract.views import VIEWS, Squares
 
 S = 24
 EXIF_ORIENTATION = 0x0112
-Squares = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 
 def both(
     data: bytes, interpolation: str = "bilinear", views: tuple[str, ...] = ("orig",), size: int = S
-) -> tuple[Squares, Squares]:
+) -> tuple[Pixels, Pixels]:
     """The squares of the fast and of the exact way, (V, S, S, 3)."""
-    asked = {"size_px": size, "interpolation": interpolation, "views": views}
-    fast, exact = (np.stack(list(way(data, **asked))) for way in (decode_views_fast, decode_views))
+    asked = Squares(size, interpolation, views)
+    fast, exact = (np.stack(list(way(data, asked))) for way in (decode_views_fast, decode_views))
     assert fast.shape == exact.shape == (len(views), size, size, 3)
     assert fast.dtype == np.uint8
     return fast, exact
@@ -42,7 +42,7 @@ def turned(orientation: int, width: int, height: int) -> bytes:
     return jpeg(width, height, exif=exif)
 
 
-def assert_near(fast: Squares, exact: Squares, mean: float, most: int) -> None:
+def assert_near(fast: Pixels, exact: Pixels, mean: float, most: int) -> None:
     difference = np.abs(fast.astype(int) - exact)
     assert difference.mean() < mean
     assert difference.max() <= most
@@ -60,7 +60,7 @@ def test_a_smooth_photo_differs_by_little(
     assert_near(*both(jpeg(*size), interpolation), mean, most)
 
 
-def nearest(fast: list[Squares], exact: list[Squares]) -> list[int]:
+def nearest(fast: list[Pixels], exact: list[Pixels]) -> list[int]:
     """Which of the exact squares is most like each of the fast ones, by mean difference."""
     differences = [[np.abs(one.astype(int) - each).mean() for each in exact] for one in fast]
     assert all(row[index] < 3 for index, row in enumerate(differences))
@@ -115,7 +115,7 @@ def test_at_least_two_pixels_are_decoded_for_each_of_the_square(
         return squash(photo, *rest)
 
     monkeypatch.setattr(fast_images, "_squash", spy)
-    list(decode_views_fast(jpeg(side, side + 9), size_px=S, interpolation="bilinear", views=views))
+    list(decode_views_fast(jpeg(side, side + 9), Squares(S, "bilinear", views)))
     assert shapes[0] == (-(-(side + 9) // scale), -(-side // scale), 3)
 
 
@@ -162,13 +162,19 @@ def test_a_broken_photo_is_refused_for_the_same_reason(kept: float, size: int) -
     reasons = []
     for way in (decode_views_fast, decode_views):
         with pytest.raises((OSError, SyntaxError)) as caught:
-            next(
-                way(
-                    data[: int(len(data) * kept)],
-                    size_px=size,
-                    interpolation="bilinear",
-                    views=("orig",),
-                )
-            )
+            next(way(data[: int(len(data) * kept)], Squares(size, "bilinear")))
         reasons.append(str(caught.value).split("(")[0].split("<")[0])
     assert reasons[0] == reasons[1]
+
+
+@pytest.mark.parametrize("data", [jpeg(100, 90), EXACT["png"]], ids=["jpeg", "png"])
+def test_squares_of_several_backbones_are_those_of_each_alone(data: bytes) -> None:
+    asked = [
+        Squares(S, "bilinear"),
+        Squares(S // 2, "bicubic", ("flip", "center")),
+        Squares(80, "lanczos"),
+    ]
+    together = list(decode_views_fast(data, *asked))
+    alone = [square for each in asked for square in decode_views_fast(data, each)]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -18,7 +18,11 @@ class Gpu:
     name = "big"
 
     def __init__(self, fits: int) -> None:
-        self.fits, self.tried = fits, list[int]()
+        self.fits, self.tried, self.made_for = fits, list[int](), list[int]()
+
+    def for_batches(self, batch_size: int) -> "Gpu":
+        self.made_for.append(batch_size)
+        return self
 
     def features(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
         self.tried.append(len(pixels))
@@ -49,6 +53,7 @@ def test_what_did_not_fit_is_not_tried_again() -> None:
     run = fitting(gpu)
     run(pixels(16))
     assert gpu.tried == [16, 8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert gpu.made_for == [8, 4, 2]  # or an engine would fill smaller ones up, and not fit again
     gpu.tried.clear()
     run(pixels(5))
     assert gpu.tried == [2, 2, 1]

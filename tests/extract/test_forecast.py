@@ -14,8 +14,9 @@ from store_content import arrays
 from mlc.configs.errors import MlcError
 from mlc.extract import forecast
 from mlc.extract.backbone import Backbone
+from mlc.extract.config import ExtractConfig
 from mlc.extract.forecast import Forecast
-from mlc.extract.run import ExtractConfig, extract
+from mlc.extract.run import extract
 from mlc.store import schema
 
 SUFFIXES = [backend.suffix for backend in schema.FORMATS.values()]

@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlc.extract import images
+from mlc.extract.config import ExtractConfig
 from mlc.extract.images import decode_image, load_image
-from mlc.extract.run import ExtractConfig, ExtractReport, extract
+from mlc.extract.job import ExtractReport
+from mlc.extract.run import extract
+from mlc.extract.views import Squares
 from mlc.store.reader import FeatureStore
 
 SIZE_PX = 32
@@ -252,6 +255,9 @@ def test_a_photo_is_turned_though_another_entry_of_its_exif_points_nowhere() -> 
     np.testing.assert_array_equal(got, turned.resize((16, 16), Image.Resampling.NEAREST))
 
 
+SQUARES = Squares(8, "bilinear")
+SCRATCH = {SQUARES: SQUARES.blank(1)[:, 0]}
+
 # --- warnings ------------------------------------------------------------------------------------
 
 
@@ -261,8 +267,7 @@ def test_pillows_warnings_are_kept_and_those_of_others_are_not(tmp_path: Path) -
     with warnings.catch_warnings(action="error"):
         with Image.open(path) as image, pytest.raises(UserWarning):
             image.getexif()
-        pixels = np.zeros((1, 8, 8, 3), np.uint8)
-        assert load_image(path, "bilinear", ("orig",), pixels).decoded
+        assert load_image(path, SCRATCH).decoded
         with pytest.raises(UserWarning, match="mine"):
             warnings.warn("mine", UserWarning, stacklevel=1)
 
@@ -311,16 +316,17 @@ HARMLESS = {"pixels"}  # what is beyond the last line is not read
 MEASURE = """
 import resource, sys
 from pathlib import Path
-import numpy as np
 from mlc.extract.images import load_image
+from mlc.extract.views import Squares
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-pixels = np.zeros((1, 8, 8, 3), np.uint8)
-load_image(Path(sys.argv[1]), "bilinear", ("orig",), pixels)
+squares = Squares(8, "bilinear")
+pixels = {squares: squares.blank(1)[:, 0]}
+load_image(Path(sys.argv[1]), pixels)
 before = peak()
 for name in sys.argv[2:]:
-    reason = load_image(Path(name), "bilinear", ("orig",), pixels).error
+    reason = load_image(Path(name), pixels).error
     print(Path(name).name, peak() - before, reason, sep="|")
 """
 
@@ -363,7 +369,7 @@ def test_a_bomb_is_refused_where_pillows_own_limit_is_lifted(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "a.png").write_bytes(BOMBS["png"])
     pixels = np.full((1, 8, 8, 3), 7, np.uint8)
-    loaded = load_image(tmp_path / "a.png", "bilinear", ("orig",), pixels)
+    loaded = load_image(tmp_path / "a.png", {SQUARES: pixels})
     assert loaded.error == (
         f"too large: 60,000 x 60,000 pixels, the limit is {images.MOST_PIXELS:,} pixels"
     )
@@ -372,6 +378,5 @@ def test_a_bomb_is_refused_where_pillows_own_limit_is_lifted(
 
 def test_a_postscript_program_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n")
-    pixels = np.zeros((1, 8, 8, 3), np.uint8)
-    loaded = load_image(tmp_path / "a.jpg", "bilinear", ("orig",), pixels)
+    loaded = load_image(tmp_path / "a.jpg", SCRATCH)
     assert loaded.error == "broken image: EPS is a drawing, not a photo"

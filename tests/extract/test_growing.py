@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import load_labels
 from mlc.extract.backbone import Backbone
+from mlc.extract.config import ExtractConfig
+from mlc.extract.job import ExtractReport
 from mlc.extract.origin import Where
 from mlc.extract.repair import repair
-from mlc.extract.run import ExtractConfig, ExtractReport, extract
+from mlc.extract.run import extract
 from mlc.store import hdf5, schema
 from mlc.store.journal import JournaledFile, journal_path
 from mlc.store.lock import writer_lock

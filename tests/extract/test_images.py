@@ -19,6 +19,7 @@ from mlc.extract.images import (
     hash_content,
     load_image,
 )
+from mlc.extract.views import Squares
 
 S = 24
 EXIF_ORIENTATION = 0x0112
@@ -234,7 +235,7 @@ def test_an_animation_gives_its_first_frame(file_format: str) -> None:
 def loaded(path: Path) -> tuple[LoadedImage, NDArray[np.uint8]]:
     """What comes of a file, and the pixels, 7 everywhere before."""
     pixels = np.full((1, S, S, 3), 7, dtype=np.uint8)
-    return load_image(path, "bilinear", ("orig",), pixels), pixels[0]
+    return load_image(path, {Squares(S, "bilinear"): pixels}), pixels[0]
 
 
 def test_a_good_file_gives_its_pixels_hash_and_times(tmp_path: Path) -> None:
@@ -298,12 +299,26 @@ def test_a_file_that_cannot_be_read_says_why_and_has_no_hash(
 def test_all_views_of_a_file_are_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(PLAIN["jpeg"])
-    views = ("center", "orig", "flip")
-    pixels = np.zeros((len(views), S, S, 3), dtype=np.uint8)
-    assert load_image(path, "bicubic", views, pixels).decoded
-    want = decode_views(PLAIN["jpeg"], size_px=S, interpolation="bicubic", views=views)
+    asked = Squares(S, "bicubic", ("center", "orig", "flip"))
+    pixels = asked.blank(1)[:, 0]
+    assert load_image(path, {asked: pixels}).decoded
+    want = decode_views(PLAIN["jpeg"], asked)
     np.testing.assert_array_equal(pixels, np.stack(list(want)))
     np.testing.assert_array_equal(pixels[1], pictures.squashed(PLAIN["jpeg"], S, "bicubic"))
+
+
+def test_squares_of_several_backbones_are_those_of_each_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(PLAIN["jpeg"])
+    asked = [
+        Squares(S, "bilinear"),
+        Squares(S, "bicubic", ("flip", "center")),
+        Squares(5, "lanczos"),
+    ]
+    pixels = {each: each.blank(1)[:, 0] for each in asked}
+    assert load_image(path, pixels).decoded
+    for each in asked:
+        np.testing.assert_array_equal(pixels[each], list(decode_views(PLAIN["jpeg"], each)))
 
 
 def test_a_known_photo_is_not_decoded(tmp_path: Path) -> None:
@@ -311,9 +326,8 @@ def test_a_known_photo_is_not_decoded(tmp_path: Path) -> None:
     path.write_bytes(PLAIN["jpeg"])
     pixels = np.full((1, S, S, 3), 7, dtype=np.uint8)
     asked: list[str] = []
-    image = load_image(
-        path, "bilinear", ("orig",), pixels, lambda content: not asked.append(content)
-    )
+    scratch = {Squares(S, "bilinear"): pixels}
+    image = load_image(path, scratch, lambda content: not asked.append(content))
     assert asked == [image.content_hash] == [hash_content(PLAIN["jpeg"])]
     assert (image.error, image.decoded, image.decode_seconds) == ("", False, 0.0)
     assert image.read_seconds > 0

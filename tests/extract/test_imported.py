@@ -132,6 +132,7 @@ def test_the_key_says_what_is_known_and_no_more(root: Path, tmp_path: Path) -> N
         "weights": f"imported:{both}",
         "layers": ["features"],
         "size_px": 0,
+        "engine": "unknown",
         "resize": "unknown",
         "interpolation": "unknown",
         "decode": "unknown",

@@ -8,9 +8,10 @@ import pictures
 import pytest
 
 from mlc.configs.errors import MlcError
+from mlc.extract.config import ExtractConfig
 from mlc.extract.live import Live, compare_live
 from mlc.extract.origin import Where
-from mlc.extract.run import ExtractConfig, extract
+from mlc.extract.run import extract
 from mlc.store import schema
 from mlc.store.checksums import row_crc32c
 from mlc.store.units import crc32c

@@ -14,10 +14,11 @@ from store_content import arrays
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
+from mlc.extract.config import ExtractConfig
 from mlc.extract.imported import ImportConfig, import_features
 from mlc.extract.origin import Where
 from mlc.extract.repair import Repair, repair
-from mlc.extract.run import ExtractConfig, extract
+from mlc.extract.run import extract
 from mlc.store import schema
 from mlc.store.problems import bad_rows
 from mlc.store.reader import FeatureStore

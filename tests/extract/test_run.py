@@ -17,11 +17,13 @@ from torchvision.transforms.functional import normalize, to_tensor
 from mlc.configs.errors import MlcError
 from mlc.datasets.csv_file import read_csv
 from mlc.datasets.labels import load_labels
-from mlc.extract import run, stream
+from mlc.extract import config as config_module
+from mlc.extract import stream
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.fill import batches_of
+from mlc.extract.config import ExtractConfig, worker_count
 from mlc.extract.pace import STAGES
-from mlc.extract.run import ExtractConfig, extract, worker_count
+from mlc.extract.run import extract
+from mlc.extract.shards import batches_of
 from mlc.report.compare_stores import compare
 from mlc.store import schema
 from mlc.store.lock import writer_lock
@@ -473,7 +475,7 @@ def test_batches_cover_the_rows_and_none_is_too_large() -> None:
 
 def test_workers_are_as_asked_else_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker_count(3) == 3
-    monkeypatch.setattr(run, "usable_cores", lambda: 3)
+    monkeypatch.setattr(config_module, "usable_cores", lambda: 3)
     assert worker_count(None) == 3
 
 

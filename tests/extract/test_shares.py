@@ -10,8 +10,10 @@ import pictures
 import pytest
 
 from mlc.configs.errors import MlcError
-from mlc.extract.fill import Share
-from mlc.extract.run import ExtractConfig, ExtractReport, extract, read_share
+from mlc.extract.config import ExtractConfig, read_share
+from mlc.extract.job import ExtractReport
+from mlc.extract.run import extract
+from mlc.extract.shards import Share
 from mlc.store import schema
 from mlc.store.finish import finish
 from mlc.store.lease import Leases, lease_folder
@@ -24,6 +26,7 @@ SETTINGS = {
     "random_weights": True,
     "size_px": 64,
     "device": "cpu",
+    "engine": "folded",  # by name, as processes of their own do not see tests/conftest.py
     "batch_size": 2,
     "shard_rows": 2,
     "workers": 1,
@@ -33,7 +36,8 @@ WORKER = """
 import sys
 import torch
 torch.set_num_threads(1)
-from mlc.extract.run import ExtractConfig, extract
+from mlc.extract.config import ExtractConfig
+from mlc.extract.run import extract
 from mlc.extract.backbone import Backbone
 csv, out, shard, pause = sys.argv[1:]
 features = Backbone.features

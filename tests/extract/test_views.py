@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlc.configs.errors import MlcError
 from mlc.extract.images import decode_views
-from mlc.extract.views import VIEWS, check_views
+from mlc.extract.views import VIEWS, Squares, check_views
 
 S = 24
 WIDTH, HEIGHT = 40, 32  # 7/8 of which are 35 and 28
@@ -36,7 +36,7 @@ TURNS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def views(*names: str) -> list[Square]:
-    return list(decode_views(DATA, size_px=S, interpolation="bicubic", views=names))
+    return list(decode_views(DATA, Squares(S, "bicubic", names)))
 
 
 def squash(box: tuple[float, float, float, float] | None = None) -> Image.Image:
@@ -60,12 +60,8 @@ def test_a_crop_shows_its_corner_and_not_the_opposite_one() -> None:
     photo.paste((255, 0, 0), (0, 0, 2, 2))
     photo.paste((0, 0, 255), (WIDTH - 2, HEIGHT - 2, WIDTH, HEIGHT))
     data = pictures.encoded(photo)
-    first, last, middle = decode_views(
-        data,
-        size_px=64,
-        interpolation="bilinear",
-        views=("top-left", "bottom-right", "center"),
-    )
+    asked = Squares(64, "bilinear", ("top-left", "bottom-right", "center"))
+    first, last, middle = decode_views(data, asked)
     assert (first[0, 0, 0], first[..., 2].max()) == (255, 0)
     assert (last[-1, -1, 2], last[..., 0].max()) == (255, 0)
     assert middle.max() == 0
@@ -86,7 +82,7 @@ def test_views_do_not_depend_on_each_other() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
 def test_a_photo_of_any_shape_has_all_views(size: tuple[int, int]) -> None:
     data = pictures.encoded(pictures.photo(*size))
-    shown = list(decode_views(data, size_px=S, interpolation="bicubic", views=tuple(VIEWS)))
+    shown = list(decode_views(data, Squares(S, "bicubic", tuple(VIEWS))))
     assert [square.shape for square in shown] == [(S, S, 3)] * len(VIEWS)
 
 

@@ -60,6 +60,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Copy:
     return copier(tmp_path_factory.mktemp("whole"))
 
 
+def record(path: Path, summary: dict[str, Any]) -> None:
+    writer = StoreWriter.open(path)
+    writer.record(summary)
+    writer.close()
+
+
 def names(folder: Path) -> set[str]:
     return {each.name for each in folder.iterdir() if not each.name.endswith(".lock")}
 
@@ -471,3 +477,16 @@ def test_without_a_good_image_there_is_no_int8(tmp_path: Path) -> None:
     with pytest.raises(MlcError, match="has no good image to calibrate int8 with"):
         convert(source, tmp_path / "b.zarr", ["tokens:int8"])
     assert names(tmp_path) == {"a.zarr"}
+
+
+@pytest.mark.parametrize("features", [None, INT8])
+def test_a_converted_store_says_how_its_source_was_extracted(
+    copy: Copy, source: Path, target: Path, features: tuple[str, ...] | None
+) -> None:
+    copy(source)
+    for summary in ({}, {"images": IMAGES, "note": "x" * 900}, {"images": 2}):
+        record(source, summary)
+        convert(source, target, features)
+        with FeatureStore(target) as store:
+            assert store.extraction == summary
+    assert verify(target).problems == []
