@@ -1,10 +1,13 @@
 """The bare stages of an extraction, that set its limit, and photos enough to time them with."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlc.configs.device import torch_threads
 from mlc.datasets.digits import read_digits
 from mlc.datasets.images import find_images
 from mlc.extract.backbone import Backbone, BackboneConfig
@@ -39,10 +42,12 @@ def decode_all(files: Sequence[Path], *backbones: Backbone) -> None:
 
 
 def run_all(backbone: Backbone, images: int) -> None:
-    """Run a backbone's engine on as many images as it takes; the last batch is full, too."""
+    """Run a backbone's engine on so many images, in its lanes; the last batch is full, too."""
     pixels = sample_pixels(backbone.forward, backbone.batch_size).numpy()
-    for _ in range(0, images, len(pixels)):
-        backbone.features(pixels)
+    batches = -(-images // len(pixels))
+    lanes = backbone.lanes
+    with torch_threads(lanes.threads), ThreadPoolExecutor(lanes.count) as runners:
+        deque(runners.map(lambda _: backbone.features(pixels), range(batches)), maxlen=0)
 
 
 def cpu_config(backbone: str, weights_folder: Path | None, engine: str = "auto") -> BackboneConfig:

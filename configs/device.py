@@ -1,7 +1,7 @@
 """Where tensors live, "auto" or a torch device by name, and how many cores work on them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -28,15 +28,20 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Have torch work with so many threads, in threads that are started meanwhile too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager[None]:
     """Keep torch on one core: the matrices of a step are too small to be worth sharing.
 
     Two threads are no faster, and several times slower when something else runs beside them; a
     sweep gives each core a block of its own instead.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return torch_threads(1)

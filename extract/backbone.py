@@ -15,10 +15,11 @@ from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
 from mlc.extract.batch_size import fit_batch_size
-from mlc.extract.engines import AUTO, check_name, choose_engine, require_precision
+from mlc.extract.engines import AUTO, IN_LANES, check_name, choose_engine, require_precision
 from mlc.extract.fast_images import DECODERS
 from mlc.extract.forward import Engine, ForwardPass, read_arrays
 from mlc.extract.images import INTERPOLATIONS
+from mlc.extract.lanes import Lanes, share_cores
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
 from mlc.extract.network import Network, Weights, cannot_take
@@ -119,6 +120,13 @@ class Backbone:
     def squares(self) -> Squares:
         """Return what it is shown of an image."""
         return Squares(self.key.size_px, self.key.interpolation, self.key.views)
+
+    @property
+    def lanes(self) -> Lanes:
+        """Return how its batches share the cores."""
+        if self.device.type == "cpu" and self.key.engine in IN_LANES:
+            return share_cores()
+        return Lanes(1, torch.get_num_threads())
 
     @torch.inference_mode()
     def features(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:

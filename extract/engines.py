@@ -18,6 +18,7 @@ AUTO = "auto"
 # 0.82, 0.96, and nothing. inductor was no faster than those and takes half a minute to compile.
 PREFERENCE = ("onnxruntime", "folded", "torch")
 TOLERANCE = 1e-5
+IN_LANES = ("torch", "folded", "onnxruntime")  # that may run in several threads at once
 REDUCED = (torch.float16, torch.bfloat16)
 REDUCED_TOLERANCE = 0.05
 

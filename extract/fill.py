@@ -98,8 +98,9 @@ def fill(targets: Sequence[Target], work: Work, progress: Progress) -> Filled:
 
 
 def _machine(targets: Sequence[Target], work: Work) -> Machine:
+    lanes = min((target.backbone.lanes for target in targets), key=lambda lanes: lanes.count)
     on_gpu = targets[0].backbone.device.type == "cuda"
-    return Machine(work.workers, usable_cores(), torch.get_num_threads(), on_gpu)
+    return Machine(work.workers, usable_cores(), lanes.threads, lanes.count, on_gpu)
 
 
 def _seconds(parts: Sequence[FeatureBatch]) -> dict[str, float]:

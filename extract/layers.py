@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class LayerReader:
         modules = {name: each for name, each in network.module.named_modules() if name}
         self.network, self.kinds = network, tuple(kinds)
         self.layers = check_layers(layers, list(modules))
-        self._read: dict[str, LayerFeatures] = {}
+        self._found: dict[int, dict[str, LayerFeatures]] = {}  # by thread: it may run in several
         for layer in self.layers:
             if layer != LAYER:
                 modules[layer].register_forward_hook(partial(self._keep, layer))
@@ -73,9 +74,9 @@ class LayerReader:
             MlcError: a layer is not run, or more than once, gives no tensor of one of the shapes
                 that ``read_layer`` knows, or has no tokens and they are asked for.
         """
-        self._read = {}
+        self._found[_thread()] = {}
         output = self.network.module(images)
-        found, self._read = self._read, {}
+        found = self._found.pop(_thread())
         if LAYER in self.layers:
             found[LAYER] = self._default_layer(output, found.get(LAYER))
         for layer in self.layers:
@@ -119,9 +120,15 @@ class LayerReader:
 
     def _keep(self, layer: str, _: nn.Module, __: object, output: object) -> None:
         """Read a layer's output at once: modules after it may work in its memory."""
-        if layer in self._read:
+        found = self._found[_thread()]
+        if layer in found:
             raise MlcError(f"layers: {layer} is run several times in a forward pass; name another")
-        self._read[layer] = read_layer(layer, output, self.network)
+        found[layer] = read_layer(layer, output, self.network)
+
+
+def _thread() -> int:
+    """Return a number of the thread that runs; to be compiled it has to be the same one always."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def check_layers(layers: Sequence[str], modules: Sequence[str]) -> tuple[str, ...]:

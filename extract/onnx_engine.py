@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mlc.configs.errors import MlcError
 from mlc.extract.fold import fold_batchnorms
 from mlc.extract.forward import Engine, FixedBatch, ForwardPass
+from mlc.extract.lanes import share_cores
 
 MOST_BYTES = (1 << 31) - (1 << 24)  # protobuf's limit of a message, less room for the graph
 PIXELS = "pixels"
@@ -24,7 +25,7 @@ def build_onnxruntime(forward: ForwardPass, batch_size: int, threads: int | None
     Args:
         forward: what it does, on a CPU in float32.
         batch_size: of its batches.
-        threads: that it works with; by default as many as torch.
+        threads: that work on a batch; by default as in one of the ``Lanes``.
 
     Raises:
         MlcError: onnxruntime or what the export needs is not installed, it is for a GPU, the
@@ -38,7 +39,7 @@ def build_onnxruntime(forward: ForwardPass, batch_size: int, threads: int | None
     runtime = _import_runtime()
     graph = export_graph(fold_batchnorms(forward), batch_size)
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = threads or share_cores().threads
     # Threads that wait would spin on the cores that decode the next images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3

@@ -1,10 +1,10 @@
 """Pace: how fast an extraction goes, which of its stages limits it, and what would make it faster.
 
-The pipeline has three things to keep busy: threads that read and decode, a thread that runs the
-backbone (and on a GPU the GPU with it), and the writer, whose time is counted only where it keeps
-the backbone waiting. Queues between them are short, so whichever is slowest is busy nearly all the
-time and the others wait for it. On a CPU there is a fourth: the cores, that decoding and inference
-have to share.
+The pipeline has three things to keep busy: threads that read and decode, lanes that run the
+backbone (a single one on a GPU), and the writer, whose time is counted only where it keeps the
+backbone waiting. Queues between them are short, so whichever is slowest is busy nearly all the time
+and the others wait for it. On a CPU there is a fourth: the cores, that decoding and inference have
+to share.
 """
 
 from collections import deque
@@ -27,12 +27,14 @@ class Machine:
         workers: threads that read and decode.
         cores: that the process may use, by ``usable_cores``.
         threads: of a forward pass on a CPU.
+        lanes: forward passes that run at once.
         on_gpu: the backbone runs on a GPU, and leaves the cores to the workers.
     """
 
     workers: int
     cores: int
     threads: int
+    lanes: int = 1
     on_gpu: bool = False
 
 
@@ -102,7 +104,7 @@ class Pace:
         over what it could have been::
 
             workers: (read + decode) / workers
-            backbone: infer
+            backbone: infer / lanes
             writer: write
             cores, where there is no GPU: (decode + infer * threads) / cores
 
@@ -115,7 +117,7 @@ class Pace:
             return None
         resources = [
             {stage: busy[stage] / machine.workers for stage in (READ, DECODE)},
-            {INFER: busy[INFER]},
+            {INFER: busy[INFER] / machine.lanes},
             {WRITE: busy[WRITE]},
         ]
         if not machine.on_gpu:
@@ -183,6 +185,7 @@ class Pace:
             "workers": self._machine.workers,
             "cores": self._machine.cores,
             "threads": self._machine.threads,
+            "lanes": self._machine.lanes,
         }
 
     def _seconds(self) -> float:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mlc.configs.device import torch_threads
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
 from mlc.extract.fast_images import DECODERS
@@ -20,6 +22,8 @@ from mlc.extract.fitting import FittingBatches
 from mlc.extract.images import LoadedImage, load_image, never
 from mlc.extract.profile import span
 from mlc.extract.views import Squares
+
+T = TypeVar("T")
 
 BATCHES_AHEAD = 2  # bounds memory: 2 x 64 images of 448 px are 77 MB for each view
 NOT_FINITE = "the backbone gives features that are not finite numbers"
@@ -105,7 +109,8 @@ def stream_each(
 
     A photo is read and decoded once for all of them. One that is bad, not wanted or known takes
     its place in the batch as black pixels, so its neighbours' features do not depend on it. A
-    batch without any other does not run.
+    batch without any other does not run. On a CPU several batches run at once, see ``Lanes``;
+    meanwhile torch has fewer threads in the caller's thread too.
 
     Args:
         asked: of each backbone; all decode the same way.
@@ -120,27 +125,34 @@ def stream_each(
     """
     runs = [FittingBatches(each.backbone) for each in asked]
     trusted = [False] * len(asked)
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        submitted = (_submit(pool, asked, files, rows) for rows in batches)
+    lanes = min((each.backbone.lanes for each in asked), key=lambda lanes: lanes.count)
+    with (
+        torch_threads(lanes.threads),
+        ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
+        ThreadPoolExecutor(lanes.count, thread_name_prefix="infer") as runners,
+    ):
+        loading = (_submit(decoders, asked, files, rows) for rows in batches)
+        running = (
+            runners.submit(_infer_each, asked, runs, batch)
+            for batch in _held_back(loading, BATCHES_AHEAD)
+        )
         try:
-            for loading in _loading_ahead(submitted):
-                images = _wait(loading)
-                parts = []
-                for index, (each, run) in enumerate(zip(asked, runs, strict=True)):
-                    batch = _infer(each.backbone, run, loading, loading.wants[index], images)
+            for parts in _held_back(running, lanes.count):
+                done = parts.result()
+                for index, (each, batch) in enumerate(zip(asked, done, strict=True)):
                     trusted[index] = trusted[index] or _has_finite(batch, each.backbone)
-                    parts.append(batch)
-                yield parts
+                yield done
         finally:
-            pool.shutdown(cancel_futures=True)
+            decoders.shutdown(wait=False, cancel_futures=True)
+            runners.shutdown(wait=False, cancel_futures=True)
 
 
-def _loading_ahead(submitted: Iterable[_Loading]) -> Iterator[_Loading]:
-    """Hold each batch back until those after it are on their way too."""
-    waiting: deque[_Loading] = deque()
-    for loading in submitted:
-        waiting.append(loading)
-        if len(waiting) > BATCHES_AHEAD:
+def _held_back(items: Iterable[T], count: int) -> Iterator[T]:
+    """Hold each item back until so many after it are on their way too."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
 
@@ -169,9 +181,16 @@ def _known_to_all(asked: Sequence[Asked], content_hash: str) -> bool:
     return all(each.known(content_hash) for each in asked)
 
 
-def _wait(loading: _Loading) -> list[LoadedImage]:
+def _infer_each(
+    asked: Sequence[Asked], runs: Sequence[FittingBatches], loading: _Loading
+) -> list[FeatureBatch]:
+    """Run a batch through all backbones, as soon as it is decoded."""
     with span("wait"):
-        return [UNREAD if load is None else load.result() for load in loading.loads]
+        images = [UNREAD if load is None else load.result() for load in loading.loads]
+    return [
+        _infer(each.backbone, run, loading, wanted, images)
+        for each, run, wanted in zip(asked, runs, loading.wants, strict=True)
+    ]
 
 
 def _infer(

@@ -112,6 +112,9 @@ def test_nothing_is_left_when_more_came_than_were_foreseen(clock: Clock) -> None
         (Machine(workers=1, cores=8, threads=8), {"decode": 19.9, "infer": 5}, "decode"),
         # So is the backbone on one thread.
         (Machine(workers=8, cores=8, threads=1), {"decode": 10, "infer": 19.9}, "infer"),
+        # Two lanes of one thread each are busy half of the time that they sum up to.
+        (Machine(workers=2, cores=4, threads=1, lanes=2), {"decode": 24, "infer": 22}, "decode"),
+        (Machine(workers=2, cores=2, threads=1, lanes=2), {"decode": 10, "infer": 30}, "infer"),
         # Sixteen workers on two cores: all wait for a core, and the cores' time decides.
         (Machine(workers=16, cores=2, threads=2), {"decode": 130, "infer": 19}, "decode"),
     ],
@@ -206,4 +209,5 @@ def test_a_summary_is_json_and_says_it_all(clock: Clock) -> None:
         "workers": 4,
         "cores": 16,
         "threads": 16,
+        "lanes": 1,
     }

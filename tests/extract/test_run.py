@@ -21,6 +21,7 @@ from mlc.extract import config as config_module
 from mlc.extract import stream
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.config import ExtractConfig, worker_count
+from mlc.extract.lanes import share_cores
 from mlc.extract.pace import STAGES
 from mlc.extract.run import extract
 from mlc.extract.shards import batches_of
@@ -491,7 +492,8 @@ def test_decoding_is_a_few_batches_ahead_and_no_more(
     )
     extract(config(table, tmp_path / "a.zarr"))
     assert len(submitted) == 7
-    assert max(ahead) == stream.BATCHES_AHEAD + 1
+    lanes = share_cores().count
+    assert stream.BATCHES_AHEAD < max(ahead) <= stream.BATCHES_AHEAD + 1 + lanes
 
 
 def test_fast_decoding_makes_another_store_that_can_be_compared(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError
+from mlc.extract import backbone as backbone_module
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.images import decode_image, hash_content
+from mlc.extract.lanes import Lanes
 from mlc.extract.stream import NOT_FINITE, FeatureBatch, stream_features
 
 SIZE_PX = 64
@@ -217,10 +220,18 @@ def test_a_backbone_without_any_finite_features_stops(
 def test_a_backbone_that_gave_finite_features_goes_on(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = stream_features(backbone(), files, BATCHES, 1)
-    first = next(stream)
-    breaking(monkeypatch, float("nan"), lambda _: True)
-    batches = [first, *stream]
+    given = Backbone.features
+    first = decode_image(files[0].read_bytes(), size_px=SIZE_PX, interpolation="bilinear")
+
+    def broken(self: Backbone, pixels: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        found = given(self, pixels)
+        if not np.array_equal(pixels[0], first):
+            with torch.inference_mode():
+                found[POOLED][:] = float("nan")
+        return found
+
+    monkeypatch.setattr(Backbone, "features", broken)
+    batches = streamed(files)
     assert (joined(batches, "error")[[5, 6, 7, 8, 10, 11]] == NOT_FINITE).all()
 
 
@@ -232,3 +243,53 @@ def test_a_few_bad_rows_that_are_tried_again_are_no_broken_backbone(
     breaking(monkeypatch, float("nan"), lambda _: True)
     batches = streamed(files, batches=[range(0, 8)], wanted=wanted)
     assert np.flatnonzero(joined(batches, "error") == NOT_FINITE).tolist() == [1, 2]
+
+
+# --- lanes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["torch", "folded"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_features_do_not_depend_on_the_lanes(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, engine: str, count: int
+) -> None:
+    made = backbone(features="pooled,tokens", layers="pre_logits,layer2", engine=engine)
+    monkeypatch.setattr(backbone_module, "share_cores", lambda: Lanes(1, 1))
+    want = streamed(files, made)
+    monkeypatch.setattr(backbone_module, "share_cores", lambda: Lanes(count, 1))
+    got = streamed(files, made)
+    assert [batch.rows for batch in got] == BATCHES
+    for name in made.arrays:
+        np.testing.assert_array_equal(features(got, name), features(want, name))
+
+
+def test_batches_come_in_order_though_later_ones_are_done_before(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, given = features(streamed(files)), Backbone.features
+    first = decode_image(files[0].read_bytes(), size_px=SIZE_PX, interpolation="bilinear")
+    others = Semaphore(0)
+
+    def late(self: Backbone, pixels: NDArray[np.uint8]) -> dict[str, torch.Tensor]:
+        if np.array_equal(pixels[0], first):
+            assert all(others.acquire(timeout=30) for _ in BATCHES[1:])
+            return given(self, pixels)
+        found = given(self, pixels)
+        others.release()
+        return found
+
+    monkeypatch.setattr(Backbone, "features", late)
+    monkeypatch.setattr(backbone_module, "share_cores", lambda: Lanes(2, 1))
+    batches = streamed(files)
+    assert [batch.rows for batch in batches] == BATCHES
+    np.testing.assert_array_equal(features(batches), want)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_torch_has_its_threads_back_afterwards(files: list[Path], batches: int) -> None:
+    before = torch.get_num_threads()
+    stream = stream_features(backbone(), files, BATCHES, 1)
+    for _ in range(batches):
+        next(stream)
+    stream.close()
+    assert torch.get_num_threads() == before
