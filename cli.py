@@ -182,12 +182,12 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     """Stage 1: run frozen backbones over a data set, once, into a store each."""
     from mlc.configs import load_each
-    from mlc.extract.config import EACH, ExtractConfig
+    from mlc.extract.config import ALONG, EACH, ExtractConfig
     from mlc.extract.run import extract_each
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_extractions, print_forecast
 
-    configs = load_each(ExtractConfig, "extract", EACH, recipe, overrides, flags)
+    configs = load_each(ExtractConfig, "extract", EACH, ALONG, recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
         done = extract_each(configs, progress, print_forecast)
     if not configs[0].forecast:

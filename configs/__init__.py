@@ -68,6 +68,7 @@ def load_each(
     cls: type[C],
     command: str,
     split: Sequence[str],
+    along: Sequence[str] = (),
     name: str | None = None,
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
@@ -79,18 +80,21 @@ def load_each(
     Args:
         cls: the config class.
         command: see ``load``.
-        split: fields that may be lists, or text with commas; a single item is of every config,
-            an empty one leaves the default.
+        split: fields that may be lists, or text with commas unless it is a file's name; a single
+            item is of every config, None leaves the default.
+        along: fields that may be such lists too where there are several configs.
         name: see ``load``.
         overrides: see ``load``.
         flags: see ``load``.
 
     Raises:
-        MlcError: see ``load``; or two fields have lists of different lengths.
+        MlcError: see ``load``; two fields have lists of different lengths; or an item is empty.
     """
     values = _gather(command, name, overrides, flags)
-    lists = {field: _items(field, values.pop(field)) for field in split if field in values}
+    lists = {field: _items(field, values[field]) for field in split if field in values}
     count = max(map(len, lists.values()), default=1)
+    if count > 1:
+        lists |= {field: _items(field, values[field]) for field in along if field in values}
     for field, items in lists.items():
         if len(items) not in (1, count):
             longest = next(each for each in lists if len(lists[each]) == count)
@@ -98,24 +102,27 @@ def load_each(
                 f"{field}: should be one value, or one for each of the {count} of {longest}, "
                 f"got {len(items)}: {', '.join(map(str, items))}"
             )
-    return [
-        _checked(cls, name or command, values | _chosen(lists, index)) for index in range(count)
-    ]
+    return [_checked(cls, name or command, _chosen(values, lists, index)) for index in range(count)]
 
 
 def _items(field: str, value: object) -> list[Any]:
-    """Return a list's items; those of text with commas are YAML."""
+    """Return the items of a list, or of text with commas."""
     if isinstance(value, list | tuple):
         return list(value) or [None]
-    if "," not in str(value):
+    if "," not in str(value) or Path(str(value)).exists():
         return [value]
-    return [_read_yaml(field, each) for each in str(value).split(",")]
+    items = [each.strip() for each in str(value).split(",")]
+    if "" in items:
+        raise MlcError(f"{field}: has an empty item, got {str(value)!r}")
+    return [int(each) if each.isdecimal() else each for each in items]
 
 
-def _chosen(lists: Mapping[str, list[Any]], index: int) -> dict[str, Any]:
-    """Return the fields of one of several configs, without those that are left empty."""
+def _chosen(
+    values: Mapping[str, Any], lists: Mapping[str, list[Any]], index: int
+) -> dict[str, Any]:
+    """Return the values of one of several configs, without those that are None."""
     chosen = {field: items[index % len(items)] for field, items in lists.items()}
-    return {field: value for field, value in chosen.items() if value is not None}
+    return {key: value for key, value in {**values, **chosen}.items() if value is not None}
 
 
 def _gather(

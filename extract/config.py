@@ -6,14 +6,16 @@ from mlc.configs.cores import usable_cores
 from mlc.configs.errors import MlcError, choose
 from mlc.datasets.images import ImageSet
 from mlc.datasets.source import DataConfig
-from mlc.extract.backbone import Backbone, BackboneConfig
+from mlc.extract.backbone import BackboneConfig
 from mlc.extract.existing import OnChanged, OnError
 from mlc.extract.profile import check_trace_path
 from mlc.extract.shards import Share
 from mlc.store import schema
+from mlc.store.key import FeatureKey
 
 # Fields of which one pass over the images may have several values, for a store each.
-EACH = ("backbone", "weights", "size_px", "out")
+EACH = ("backbone", "weights", "weights_licence", "size_px")
+ALONG = ("out",)
 
 
 class ExtractConfig(DataConfig, BackboneConfig):
@@ -47,11 +49,11 @@ class ExtractConfig(DataConfig, BackboneConfig):
     profile: Path | None = None
 
 
-def store_path(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Path:
+def store_path(config: ExtractConfig, images: ImageSet, key: FeatureKey) -> Path:
     """Return where the store of this request is: the same request, the same path."""
     if config.out is not None:
         return config.out
-    suffix, key = schema.FORMATS[config.format or "zarr"].suffix, backbone.key
+    suffix = schema.FORMATS[config.format or "zarr"].suffix
     name = key.backbone.replace(":", "-")
     return Path("features") / f"{images.labels.dataset}-{name}-{key.size_px}-{key.digest()}{suffix}"
 

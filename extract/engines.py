@@ -173,6 +173,8 @@ def _checked(name: str, forward: ForwardPass, batch_size: int) -> ChosenEngine:
             note = "" if name == "torch" else f"{name}: there is no BatchNorm to fold, torch runs"
             return ChosenEngine("torch", engine, note)
         difference = check_engine(engine, forward, sample_pixels(forward, batch_size + 1))
+    except torch.OutOfMemoryError:
+        raise  # to be tried again with fewer images
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise MlcError(

@@ -1,7 +1,7 @@
 """fill(): the rows of stores that are wanted, through their backbones into the stores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -59,11 +59,12 @@ def fill(targets: Sequence[Target], work: Work, progress: Progress) -> Filled:
     """Extract the wanted rows, shard by shard; each shard is marked done when it is written.
 
     A batch is always the same rows of a shard, whichever of them are wanted: so features do not
-    depend on what was there before. A photo that a store has, by content hash, is copied.
+    depend on what was there before. A photo that a store has, by content hash, is copied. Stores
+    that are filled together have the same rows, shards and batches.
 
     Raises:
-        MlcError: a bad image, if asked to stop there; the disk is full; the stores do not have the
-            same rows, shards and batches; or another worker is on the same share.
+        MlcError: a bad image, if asked to stop there; the disk is full; or another worker is on
+            the same share.
     """
     shards = Shards(targets, work.share)
     first_rows = [_rows_by_hash(target.writer) for target in targets]
@@ -83,7 +84,7 @@ def fill(targets: Sequence[Target], work: Work, progress: Progress) -> Filled:
                 copied = _write(target, part, first_rows[index])
                 done.copied[index] += copied
                 done.extracted[index] += int(asked[index].wants(part.rows).sum()) - copied
-            waiting.append(parts)
+            waiting.append([replace(part, features={}) for part in parts])  # they are written
             if shards.end_with(parts[0].rows):
                 shards.mark(waiting)
                 waiting = []

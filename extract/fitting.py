@@ -40,9 +40,10 @@ class FittingBatches:
             except torch.OutOfMemoryError as error:
                 if step == 1:
                     raise self._too_large(pixels, error) from None
-                self.most = step // 2
-                self._backbone = self._backbone.for_batches(self.most)
-            torch.cuda.empty_cache()  # of what the larger batch took; without a GPU it does nothing
+            # After the error, which holds what the larger batch took.
+            torch.cuda.empty_cache()  # without a GPU it does nothing
+            self.most = step // 2
+            self._backbone = self._backbone.for_batches(self.most)
         if len(parts) == 1:
             return parts[0]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

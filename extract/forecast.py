@@ -14,7 +14,7 @@ from mlc.store.layout import Layout
 from mlc.store.schema import ROW_ARRAYS
 
 PROBE_SECONDS = 2.0
-PROBE_BATCHES = 8  # at most; the first is not timed, as it pays for what is set up once
+PROBE_BATCHES = 8  # at most, in each lane; the first is not timed: it pays for what is set up
 BLOCK_BYTES = 4096  # of a disk: a file takes whole ones
 ROW_BYTES = 700  # of text, status and checksums, at most
 
@@ -112,13 +112,15 @@ def _require_space(planned: Sequence[Planned]) -> None:
 def _probe(planned: Sequence[Planned], files: Sequence[Path], workers: int) -> float | None:
     """Return the seconds that all images will take at the pace of the first."""
     size = planned[0].layout.batch_size
-    if len(files) < 4 * size * PROBE_BATCHES:
+    lanes = min(each.backbone.lanes.count for each in planned)
+    images = PROBE_BATCHES * lanes * size
+    if len(files) < 4 * images:
         return None
-    batches = [range(start, start + size) for start in range(0, PROBE_BATCHES * size, size)]
+    batches = [range(start, start + size) for start in range(0, images, size)]
     asked = [Asked(each.backbone) for each in planned]
     started, timed = 0.0, 0
-    for number, parts in enumerate(stream_each(asked, files, batches, workers)):
-        if number == 0:
+    for number, parts in enumerate(stream_each(asked, files, batches, workers), 1):
+        if number <= lanes:
             started = perf_counter()
             continue
         timed += len(parts[0].rows)

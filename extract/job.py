@@ -5,15 +5,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress
 from mlc.configs.provenance import made_by
 from mlc.datasets.images import ImageSet
-from mlc.datasets.labels import LabelTable
 from mlc.datasets.source import DataConfig, absolute_data
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.config import ExtractConfig, store_path
-from mlc.extract.existing import compare_with_store, recorded_batches
+from mlc.extract.engines import AUTO, ENGINES
+from mlc.extract.existing import Found, compare_with_store, recorded_engine
 from mlc.store.layout import Layout
 
 
@@ -25,6 +27,7 @@ class ExtractReport:
         path: the store.
         backbone: its full name.
         weights: hash of its tensors.
+        size_px: side of the square that it sees.
         engine: that runs it.
         licence: of its weights.
         images: of the data set.
@@ -44,6 +47,7 @@ class ExtractReport:
     path: Path
     backbone: str
     weights: str
+    size_px: int
     engine: str
     licence: str
     images: int
@@ -67,8 +71,7 @@ class Job:
         backbone: of the store.
         path: of the store.
         layout: of the store, if it is not there yet.
-        labels: to be written beside it.
-        lacking: files whose features it lacks.
+        found: what there is of it.
         report: of what is done.
     """
 
@@ -76,8 +79,7 @@ class Job:
     backbone: Backbone
     path: Path
     layout: Layout
-    labels: LabelTable
-    lacking: list[Path]
+    found: Found
     report: ExtractReport
 
 
@@ -93,16 +95,21 @@ def plan_job(config: ExtractConfig, images: ImageSet, progress: Progress) -> Job
         MlcError: see ``load_backbone`` and ``compare_with_store``.
     """
     progress(0, len(images.file), f"loading {config.backbone}")
-    backbone = load_backbone(config, config.batch_size)
-    path, key = store_path(config, images, backbone), backbone.key
+    backbone, path = _backbone_of_store(config, images)
+    key = backbone.key
     report = ExtractReport(
-        path, backbone.name, key.weights, key.engine, backbone.licence, len(images.file)
+        path=path,
+        backbone=backbone.name,
+        weights=key.weights,
+        size_px=key.size_px,
+        engine=key.engine,
+        licence=backbone.licence,
+        images=len(images.file),
     )
     if backbone.note:
         report.notes.append(backbone.note)
-    labels, lacking = compare_with_store(path, images)
-    layout = _layout(config, images, backbone)
-    return Job(config, backbone, path, layout, labels, lacking, report)
+    found = compare_with_store(path, images, key)
+    return Job(config, backbone, path, _layout(config, images, backbone), found, report)
 
 
 def require_own_paths(jobs: Sequence[Job]) -> None:
@@ -114,19 +121,57 @@ def require_own_paths(jobs: Sequence[Job]) -> None:
 
 
 def agree_on_batches(jobs: Sequence[Job]) -> None:
-    """Have stores that are filled in one pass take batches and shards of one size.
+    """Have stores that are made in one pass take batches and shards of one size.
 
-    One that is there keeps its own; new ones follow it, or the smallest batch among them.
+    One that is there keeps its own. New ones follow the first of those, one that lacks something
+    before the others, or else the smallest batch among them.
     """
-    filled = [job for job in jobs if job.lacking]
-    if not filled:
-        return
-    there = [recorded_batches(job.path) for job in filled if job.path.exists()]
-    smallest = min(job.layout.batch_size for job in filled)
-    size, shard_rows = there[0] if there else (smallest, filled[0].layout.shard_rows)
-    for job in filled:
+    there = sorted(
+        (job for job in jobs if job.found.batches is not None),
+        key=lambda job: not job.found.lacking,
+    )
+    smallest = min(job.layout.batch_size for job in jobs)
+    of_new = there[0].found.batches if there else None
+    for job in jobs:
+        new = of_new or (smallest, job.layout.shard_rows)
+        size, shard_rows = job.found.batches or new
         job.layout = replace(job.layout, batch_size=size, shard_rows=shard_rows)
-        job.backbone = job.backbone.for_batches(size)
+        if job.found.lacking:
+            job.backbone = job.backbone.for_batches(size)
+
+
+def require_one_pass(jobs: Sequence[Job]) -> None:
+    """Raise an MlcError if stores cannot be filled together: their batches are not the same."""
+    for other in jobs[1:]:
+        first = jobs[0]
+        if not np.array_equal(first.found.image_id, other.found.image_id):
+            reason = "has its images in another order than"
+        elif first.layout.shard_rows != other.layout.shard_rows:
+            reason = f"has shards of {other.layout.shard_rows}, not {first.layout.shard_rows} as"
+        elif first.layout.batch_size != other.layout.batch_size:
+            reason = f"has batches of {other.layout.batch_size}, not {first.layout.batch_size} as"
+        else:
+            continue
+        raise MlcError(
+            f"{other.path}: {reason} {first.path}, and so they cannot be filled in one pass; "
+            "extract each with a command of its own"
+        )
+
+
+def _backbone_of_store(config: ExtractConfig, images: ImageSet) -> tuple[Backbone, Path]:
+    """Load a backbone, by "auto" with the engine of the store that is there; return both."""
+    auto, out = config.engine == AUTO, config.out
+    if auto and out is not None and out.exists() and recorded_engine(out) in ENGINES:
+        config = config.model_copy(update={"engine": recorded_engine(out)})
+    backbone = load_backbone(config, config.batch_size)
+    path = store_path(config, images, backbone.key)
+    if auto and not path.exists():
+        for engine in ENGINES:
+            other = store_path(config, images, replace(backbone.key, engine=engine))
+            if other.exists():
+                asked = config.model_copy(update={"engine": engine})
+                return load_backbone(asked, config.batch_size), other
+    return backbone, path
 
 
 def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layout:

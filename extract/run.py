@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
@@ -13,18 +13,20 @@ from mlc.datasets.labels import save_labels
 from mlc.datasets.source import DataConfig, read_images
 from mlc.extract.calibration import calibrate_arrays
 from mlc.extract.config import ExtractConfig, check_config, worker_count
-from mlc.extract.existing import (
-    find_mended,
-    from_anywhere,
-    look_for_changes,
-)
+from mlc.extract.existing import files_of, find_again, from_anywhere
 from mlc.extract.fill import Work, fill
 from mlc.extract.forecast import Forecast, Planned, forecast
-from mlc.extract.job import ExtractReport, Job, agree_on_batches, plan_job, require_own_paths
+from mlc.extract.job import (
+    ExtractReport,
+    Job,
+    agree_on_batches,
+    plan_job,
+    require_one_pass,
+    require_own_paths,
+)
 from mlc.extract.profile import profile
 from mlc.extract.shards import ALONE, Share, Target
 from mlc.store import schema
-from mlc.store.layout import rows_of
 from mlc.store.lease import Leases, require_no_worker
 from mlc.store.lock import writer_lock
 from mlc.store.reader import labels_path
@@ -78,10 +80,11 @@ def extract_each(
     jobs = [plan_job(config, images, progress) for config in configs]
     require_own_paths(jobs)
     agree_on_batches(jobs)
-    planned = [
-        Planned(job.backbone, job.layout, job.path, job.lacking) for job in jobs if job.lacking
-    ]
-    if planned:
+    lacking = [job for job in jobs if job.found.lacking]
+    if lacking:
+        planned = [
+            Planned(job.backbone, job.layout, job.path, job.found.lacking) for job in lacking
+        ]
         tell(forecast(planned, worker_count(configs[0].workers)))
     if not configs[0].forecast:
         with ExitStack() as opened:
@@ -111,55 +114,61 @@ def _extract_all(
     share: Share | None,
     progress: Progress,
 ) -> None:
-    """Open the stores and fill them."""
+    """Fill the stores; what can be refused is, before any of them is written to."""
     for job in jobs:
         opened.enter_context(writer_lock(job.path, shared=share is not None))
-    targets = []
-    for job in jobs:
-        writer = _open(job, images, share, progress)
-        opened.enter_context(writer.filling(finish=share is None))
-        if share is None:
+    again = [
+        find_again(job.path, images, job.backbone, job.config.on_changed, job.config.on_error)
+        for job in jobs
+    ]
+    require_one_pass(
+        [job for job, ids in zip(jobs, again, strict=True) if job.found.lacking or len(ids)]
+    )
+    if share is None:
+        for job in jobs:
             require_no_worker(job.path)
-        targets.append(_target(job, writer, images, share))
-    _fill(jobs, targets, images, share, progress)
+    targets = [
+        _open(opened, job, images, ids, share, progress)
+        for job, ids in zip(jobs, again, strict=True)
+    ]
+    with profile(jobs[0].config.profile, jobs[0].report.notes.append) as step:
+
+        def told(done: int, total: int, note: str = "") -> None:
+            progress(done, total, note)
+            step()
+
+        _fill(jobs, targets, images, share, told)
     for job, target in zip(jobs, targets, strict=True):
         _describe(target.writer, job.report)
 
 
-def _open(job: Job, images: ImageSet, share: Share | None, progress: Progress) -> StoreWriter:
-    """Open a job's store, which is laid out if it is not there."""
+def _open(
+    opened: ExitStack,
+    job: Job,
+    images: ImageSet,
+    again: NDArray[np.str_],
+    share: Share | None,
+    progress: Progress,
+) -> Target:
+    """Open a job's store, laid out if it is not there; its rows that are pending are wanted."""
     if job.path.exists():
         layout = from_anywhere(job.layout, job.path, images.root)
     else:
         workers = worker_count(job.config.workers)
         layout = calibrate_arrays(job.layout, job.backbone, images, workers, progress)
-    return StoreWriter.create_or_resume(job.path, layout, alone=share is None)
-
-
-def _target(job: Job, writer: StoreWriter, images: ImageSet, share: Share | None) -> Target:
-    """Return what is to be extracted: rows that are pending, and bad images that are mended."""
-    files, asked = _files(writer, images)
-    look_for_changes(writer, images.root, files, asked, job.config.on_changed)
-    save_labels(job.labels, labels_path(writer.path))
-    bad = asked & (writer.status == schema.BAD)
-    mended = find_mended(bad, files, job.backbone, job.config.on_error)
-    if share is None and mended.any():  # it is not complete while they are written again
-        writer.set_pending(np.flatnonzero(mended))
-    wanted = mended | asked & (writer.status == schema.PENDING)
+    writer = StoreWriter.create_or_resume(job.path, layout, alone=share is None)
+    opened.enter_context(writer.filling(finish=share is None))
+    save_labels(job.found.labels, labels_path(job.path))
+    wanted = np.isin(writer.image_id, again)
+    if share is None and wanted.any():  # it is not complete while they are written again
+        writer.set_pending(np.flatnonzero(wanted))
+    wanted |= np.isin(writer.image_id, images.image_id) & (writer.status == schema.PENDING)
     backbone = job.backbone.for_batches(writer.batch_size) if wanted.any() else job.backbone
-    leases = None if share is None else Leases(writer.path)
+    leases = None
+    if share is not None:
+        leases = Leases(writer.path)
+        opened.callback(leases.close)
     return Target(writer, backbone, wanted, leases, job.report.left)
-
-
-def _files(writer: StoreWriter, images: ImageSet) -> tuple[list[Path], np.ndarray]:
-    """Return the file of each row of a store, and which rows (N,) are of these images."""
-    rows = rows_of(writer.image_id, images.image_id)
-    files = [Path()] * len(writer.image_id)
-    for row, name in zip(rows.tolist(), images.file.tolist(), strict=True):
-        files[row] = images.root / name
-    asked = np.zeros(len(files), dtype=np.bool_)
-    asked[rows] = True
-    return files, asked
 
 
 def _fill(
@@ -170,35 +179,22 @@ def _fill(
     progress: Progress,
 ) -> None:
     """Fill the stores that lack something, and report it."""
-    config, notes = jobs[0].config, jobs[0].report.notes
-    filled = [pair for pair in zip(jobs, targets, strict=True) if pair[1].wanted.any()]
-    with ExitStack() as closing:
-        for target in targets:
-            if target.leases is not None:
-                closing.callback(target.leases.close)
-        step = closing.enter_context(profile(config.profile, notes.append))
-        if not filled:
-            return
-
-        def told(done: int, total: int, note: str = "") -> None:
-            progress(done, total, note)
-            step()
-
-        work = Work(
-            _files(filled[0][1].writer, images)[0],
-            worker_count(config.workers),
-            stop_at_bad=config.on_error == "raise",
-            share=share or ALONE,
-        )
-        done = fill([target for _, target in filled], work, told)
+    config = jobs[0].config
+    pairs = zip(jobs, targets, strict=True)
+    filled = [(job, target) for job, target in pairs if target.wanted.any()]
+    if not filled:
+        return
+    files, _ = files_of(filled[0][1].writer.image_id, images)
+    stop = config.on_error == "raise"
+    work = Work(files, worker_count(config.workers), stop_at_bad=stop, share=share or ALONE)
+    done = fill([target for _, target in filled], work, progress)
     for index, (job, target) in enumerate(filled):
-        report = job.report
-        report.extracted, report.copied = done.extracted[index], done.copied[index]
-        report.pace = done.pace
+        job.report.extracted, job.report.copied = done.extracted[index], done.copied[index]
+        job.report.pace = done.pace
         if share is None:
             target.writer.record(done.pace)
     if done.warning:
-        notes.append(done.warning)
+        jobs[0].report.notes.append(done.warning)
 
 
 def _describe(writer: StoreWriter, report: ExtractReport) -> None:

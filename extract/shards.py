@@ -106,13 +106,11 @@ class Shards:
         share: of the shards.
 
     Raises:
-        MlcError: their rows, shards or batches are not the same, or another worker is on this
-            share.
+        MlcError: another worker is on this share.
     """
 
     def __init__(self, targets: Sequence[Target], share: Share) -> None:
         self._targets, self._share = targets, share
-        _require_same_rows([target.writer for target in targets])
         self.batch_size = targets[0].writer.batch_size
         self._todo = {
             index: shard
@@ -174,20 +172,3 @@ def batches_of(rows: range, batch_size: int) -> list[range]:
         range(start, min(start + batch_size, rows.stop))
         for start in range(rows.start, rows.stop, batch_size)
     ]
-
-
-def _require_same_rows(writers: Sequence[StoreWriter]) -> None:
-    first = writers[0]
-    for other in writers[1:]:
-        if not np.array_equal(first.image_id, other.image_id):
-            reason = "has its images in another order"
-        elif first.shards() != other.shards():
-            reason = f"has shards of {len(other.shards()[0])} images, not {len(first.shards()[0])}"
-        elif first.batch_size != other.batch_size:
-            reason = f"has batches of {other.batch_size} images, not {first.batch_size}"
-        else:
-            continue
-        raise MlcError(
-            f"{other.path}: {reason} as {first.path}, and so they cannot be filled in one pass; "
-            "extract each with a command of its own"
-        )

@@ -108,9 +108,10 @@ def stream_each(
     """Yield the features that each of several backbones gives of batches of images, in order.
 
     A photo is read and decoded once for all of them. One that is bad, not wanted or known takes
-    its place in the batch as black pixels, so its neighbours' features do not depend on it. A
-    batch without any other does not run. On a CPU several batches run at once, see ``Lanes``;
-    meanwhile torch has fewer threads in the caller's thread too.
+    its place in the batch as black pixels, or as what another backbone with the same input wants
+    there; its neighbours' features do not depend on it. A batch without any other does not run.
+    On a CPU several batches run at once, see ``Lanes``; meanwhile torch has fewer threads in the
+    caller's thread too.
 
     Args:
         asked: of each backbone; all decode the same way.
@@ -171,7 +172,8 @@ def _submit(
     loads: list[Future[LoadedImage] | None] = []
     for place, row in enumerate(rows):
         askers = [each for each, wanted in zip(asked, wants, strict=True) if wanted[place]]
-        places = {squares: array[:, place] for squares, array in pixels.items()}
+        squares = {each.backbone.squares for each in askers}
+        places = {each: array[:, place] for each, array in pixels.items() if each in squares}
         known = partial(_known_to_all, askers)
         loads.append(pool.submit(load_image, files[row], places, known, decode) if askers else None)
     return _Loading(rows, wants, pixels, loads)

@@ -31,7 +31,9 @@ def store_records(folder: Path) -> list[dict[str, str]]:
 
 def _record(path: Path, known: Mapping[str, str]) -> dict[str, str]:
     usage = disk_usage(path)
-    blank = dict.fromkeys(("good", "bad", "pending", "backbone", "px", "features", "views"), "")
+    blank = dict.fromkeys(
+        ("good", "bad", "pending", "backbone", "px", "engine", "features", "views"), ""
+    )
     return {
         "store": str(path),
         **blank,
@@ -64,6 +66,7 @@ def _contents(store: FeatureStore) -> dict[str, str]:
         **counts,
         "backbone": store.key["backbone"],
         "px": str(store.key["size_px"]),
+        "engine": store.key["engine"],
         "features": ",".join(store.key["features"]),
         "views": ",".join(store.key["views"]),
         "made": _date(store.made_by),

@@ -53,7 +53,7 @@ def print_extractions(reports: Sequence["ExtractReport"]) -> None:
 def _print_store(report: "ExtractReport") -> None:
     click.echo(
         f"backbone: {report.backbone}, weights {report.weights}, licence {report.licence}, "
-        f"engine {report.engine}"
+        f"{report.size_px} px, engine {report.engine}"
     )
     print_bad(report.bad)
     for array, (images, numbers) in report.clipped.items():

@@ -9,6 +9,7 @@ from typing import Any
 from mlc.configs.errors import MlcError, choose
 
 DIGEST_CHARS = 10
+TORCH = "torch"  # the engine of stores that do not name one
 # Kinds of features in the order of a key, and what they are stored as unless a dtype is named.
 DEFAULT_DTYPES = {"pooled": "float32", "tokens": "float16"}
 DTYPES = dict.fromkeys(("float32", "float16", "int8"))
@@ -51,7 +52,10 @@ class FeatureKey:
 
     def digest(self) -> str:
         """Return the short hash that a store's name carries."""
-        text = json.dumps(self.to_json(), sort_keys=True)
+        values = self.to_json()
+        if self.engine == TORCH:  # so that stores of before there were engines keep their names
+            del values["engine"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def current_key(key: Mapping[str, Any]) -> dict[str, Any]:
 
     Earlier ones had the dtype of "pooled", and eager torch was all there was.
     """
-    fields = {"engine": "torch"} | dict(key)
+    fields = {"engine": TORCH} | dict(key)
     if "dtype" in fields:
         fields["features"] = [f"pooled:{fields.pop('dtype')}"]
     return fields

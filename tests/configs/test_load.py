@@ -262,7 +262,7 @@ def test_text_that_looks_like_a_number_survives_dump_and_load(tmp_path: Path, te
 
 def toys(*overrides: str, **flags: object) -> list[tuple[int, Path | None]]:
     """The steps and outs of the configs that lists of both give."""
-    configs = load_each(Toy, "toy", ("steps", "out"), None, overrides, flags)
+    configs = load_each(Toy, "toy", ("steps", "out"), (), None, overrides, flags)
     return [(each.steps, each.out) for each in configs]
 
 
@@ -275,8 +275,8 @@ def toys(*overrides: str, **flags: object) -> list[tuple[int, Path | None]]:
         ({"steps": (3, 4)}, [(3, None), (4, None)]),
         ({"steps": "3, 4", "out": Path("a,b")}, [(3, Path("a")), (4, Path("b"))]),
         ({"steps": (3, 4), "out": "a"}, [(3, Path("a")), (4, Path("a"))]),
-        ({"out": "a,,c"}, [(10, Path("a")), (10, None), (10, Path("c"))]),
-        ({"out": "a,"}, [(10, Path("a")), (10, None)]),
+        ({"out": "a #1,@b"}, [(10, Path("a #1")), (10, Path("@b"))]),
+        ({"out": ["a", None]}, [(10, Path("a")), (10, None)]),
         ({"steps": ()}, [(10, None)]),
     ],
 )
@@ -287,12 +287,34 @@ def test_a_list_gives_a_config_for_each_item(flags: dict[str, object], want: lis
 def test_lists_come_from_overrides_and_recipes_too(tmp_path: Path) -> None:
     assert toys("steps=3,4", "out=[a, 'b,c']") == [(3, Path("a")), (4, Path("b,c"))]
     path = recipe(tmp_path, "steps: [3, 4]\nlr: 1e-3\n")
-    assert [each.lr for each in load_each(Toy, "toy", ("steps",), path)] == [1e-3, 1e-3]
+    assert [each.lr for each in load_each(Toy, "toy", ("steps",), (), path)] == [1e-3, 1e-3]
 
 
 def test_what_is_not_to_be_split_is_not() -> None:
     (config,) = load_each(Toy, "toy", ("steps",), flags={"names": ("a", "b"), "out": "a,b"})
     assert (config.names, config.out) == (("a", "b"), Path("a,b"))
+
+
+def test_a_file_whose_name_has_a_comma_is_one_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").touch()
+    assert toys(out="a,b") == [(10, Path("a,b"))]
+
+
+def test_what_goes_along_is_split_where_there_are_several(tmp_path: Path) -> None:
+    flags = {"out": "a,b", "steps": (3, 4)}
+    configs = load_each(Toy, "toy", ("steps",), ("out",), flags=flags)
+    assert [each.out for each in configs] == [Path("a"), Path("b")]
+    (config,) = load_each(Toy, "toy", ("steps",), ("out",), flags={"out": "a,b"})
+    assert config.out == Path("a,b")
+
+
+@pytest.mark.parametrize("text", ["3,", ",3", "3,,4"])
+def test_an_empty_item_is_a_mistake(text: str) -> None:
+    with pytest.raises(MlcError, match=rf"^steps: has an empty item, got '{text}'$"):
+        toys(steps=text)
 
 
 def test_lists_of_other_lengths_are_a_mistake() -> None:

@@ -1,6 +1,7 @@
 """What an extraction will take is told before it begins, and refused if it cannot be had."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from mlc.extract import forecast
 from mlc.extract.backbone import Backbone
 from mlc.extract.config import ExtractConfig
 from mlc.extract.forecast import Forecast
+from mlc.extract.lanes import Lanes
 from mlc.extract.run import extract
 from mlc.store import schema
 
@@ -143,38 +145,46 @@ def test_a_refusal_says_how_it_would_fit(
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds of each forward pass by a clock that nothing else moves: 10, then 3 each."""
-    seconds: list[float] = []
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images of each forward pass from now on."""
+    sizes: list[int] = []
     features = Backbone.features
 
-    def slow(self: Backbone, pixels: NDArray[Any]) -> dict[str, torch.Tensor]:
-        seconds.append(3.0 if seconds else 10.0)
+    def spy(self: Backbone, pixels: NDArray[Any]) -> dict[str, torch.Tensor]:
+        sizes.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr(Backbone, "features", slow)
-    monkeypatch.setattr(forecast, "perf_counter", lambda: sum(seconds))
-    return seconds
+    monkeypatch.setattr(Backbone, "features", spy)
+    return sizes
 
 
-@pytest.mark.parametrize(("limit_seconds", "ran"), [(100.0, 3), (5.0, 3), (2.0, 2)])
-def test_a_large_set_is_timed_without_its_first_batch(
-    csv: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    batches: list[float],
-    limit_seconds: float,
-    ran: int,
+@pytest.mark.parametrize(
+    ("lanes", "limit_seconds", "ran"),
+    [(1, 100.0, 3), (1, 5.0, 3), (1, 2.0, 2), (2, 100.0, 6), (2, 2.0, 3)],
+)
+def test_a_large_set_is_timed_without_the_first_batch_of_each_lane(
+    monkeypatch: pytest.MonkeyPatch, lanes: int, limit_seconds: float, ran: int
 ) -> None:
+    seconds: list[float] = []
+
+    def stream(_: object, __: object, batches: list[range], ___: int) -> Iterator[list[Any]]:
+        for number, rows in enumerate(batches):
+            seconds.append(10.0 if number < lanes else 3.0)
+            yield [SimpleNamespace(rows=rows)]
+
+    monkeypatch.setattr(forecast, "stream_each", stream)
+    monkeypatch.setattr(forecast, "perf_counter", lambda: sum(seconds))
     monkeypatch.setattr(forecast, "PROBE_BATCHES", 3)
     monkeypatch.setattr(forecast, "PROBE_SECONDS", limit_seconds)
-    (told,) = run(csv, tmp_path / "photos.zarr", forecast=True)
-    assert told.seconds == 12 * 3.0
-    assert len(batches) == ran
+    backbone = SimpleNamespace(lanes=Lanes(lanes, 1))
+    planned: Any = SimpleNamespace(backbone=backbone, layout=SimpleNamespace(batch_size=2))
+    files = [Path(str(index)) for index in range(100)]
+    assert forecast._probe([planned], files, 1) == 100 / 2 * 3.0
+    assert len(seconds) == ran
 
 
 def test_a_small_set_is_not_timed(
-    csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[float]
+    csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: list[int]
 ) -> None:
     monkeypatch.setattr(forecast, "PROBE_BATCHES", 4)
     (told,) = run(csv, tmp_path / "photos.zarr", forecast=True)

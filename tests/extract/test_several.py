@@ -1,5 +1,6 @@
 """extract_each(): several stores in one pass, each as if it had been made alone."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +42,8 @@ def write_photos(folder: Path) -> Path:
     return table
 
 
-def add_photo(table: Path, name: str = "12.png") -> None:
-    (table.parent / name).write_bytes(pictures.encoded(pictures.photo(seed=12)))
+def add_photo(table: Path, name: str = "12.png", seed: int = 12) -> None:
+    (table.parent / name).write_bytes(pictures.encoded(pictures.photo(seed=seed)))
     table.write_text(f"{table.read_text().rstrip()}\n{name},cat,train\n")
 
 
@@ -246,13 +247,97 @@ def test_stores_with_other_batches_are_not_filled_in_one_pass(table: Path, tmp_p
     for each in (first, second):
         with pytest.raises(KeyboardInterrupt):
             extract(each, stopping_after(8))
-    with pytest.raises(MlcError, match=r"vit.h5: has batches of 3 images, not 2 as .*cnn.zarr"):
+    with pytest.raises(MlcError, match=r"vit.h5: has batches of 3, not 2 as .*cnn.zarr, and so"):
         extract_each([first, second])
     for each in (first, second):
         assert extract(each).complete
 
 
+def test_a_new_store_follows_a_finished_one_that_has_an_image_mended(tmp_path: Path) -> None:
+    table = write_photos(tmp_path / "data")
+    first, second, _ = configs(table, tmp_path)
+    extract(first)
+    name = next(iter(pictures.BAD_FILES))
+    (table.parent / name).write_bytes(pictures.good_file(name))
+    done = extract_each([first, second.model_copy(update={"batch_size": 3})])
+    assert [each.extracted for each in done] == [1, 11]
+
+
 # --- refused -------------------------------------------------------------------------------------
+
+
+def state(path: Path) -> tuple[bool, int, dict[str, bytes]]:
+    with FeatureStore(path) as store:
+        return store.complete, len(store.image_id), content(path)
+
+
+def other_backbone(table: Path, first: ExtractConfig, second: ExtractConfig) -> ExtractConfig:
+    """The second store was made with another size."""
+    extract(first)
+    extract(second)
+    add_photo(table)
+    return second.model_copy(update={"size_px": 32, "backbone": "test_resnet"})
+
+
+def other_batches(table: Path, first: ExtractConfig, second: ExtractConfig) -> ExtractConfig:
+    extract(first)
+    extract(second.model_copy(update={"batch_size": 3}))
+    add_photo(table)
+    return second
+
+
+def other_order(table: Path, first: ExtractConfig, second: ExtractConfig) -> ExtractConfig:
+    """The first store has the rows 00 to 11, 13, 12."""
+    lines = table.read_text()
+    add_photo(table, "13.png", seed=13)
+    extract(first)
+    table.write_text(lines)
+    add_photo(table, "12.png")
+    table.write_text(f"{table.read_text().rstrip()}\n13.png,cat,train\n")
+    extract(second)
+    extract(first)
+    add_photo(table, "14.png", seed=14)
+    return second
+
+
+def changed_photo(table: Path, first: ExtractConfig, second: ExtractConfig) -> ExtractConfig:
+    """A photo of the second store is another one now, and the first lacks another photo."""
+    extract(first)
+    (table.parent / pictures.FILES[2]).write_bytes(pictures.encoded(pictures.photo(seed=77)))
+    extract(second)
+    (table.parent / pictures.FILES[2]).write_bytes(pictures.good_file(pictures.FILES[2]))
+    add_photo(table)
+    return second
+
+
+@pytest.mark.parametrize(
+    ("prepare", "sentence"),
+    [
+        (other_backbone, "made with other settings: backbone: stored 'test_vit'"),
+        (other_batches, "has batches of 3, not 2 as"),
+        (other_order, "has its images in another order than"),
+        (changed_photo, "holds features of another photo than"),
+    ],
+)
+def test_a_pass_that_is_refused_leaves_finished_stores_finished(
+    prepare: Callable[..., ExtractConfig], sentence: str, tmp_path: Path
+) -> None:
+    table = write_photos(tmp_path / "data")
+    first, second, _ = configs(table, tmp_path)
+    second = prepare(table, first, second)
+    paths = [tmp_path / "cnn.zarr", tmp_path / "vit.h5"]
+    before = [state(path) for path in paths]
+    with pytest.raises(MlcError, match=sentence):
+        extract_each([first, second])
+    assert [state(path) for path in paths] == before
+
+
+def test_a_refused_worker_keeps_no_lease(table: Path, tmp_path: Path) -> None:
+    extract(config(table, tmp_path / "large.zarr"))
+    first, _, third = configs(table, tmp_path, shard="0/2")
+    with pytest.raises(MlcError, match="made with other settings"):
+        extract_each([first, third.model_copy(update={"size_px": 32})])
+    assert not [each for each in threading.enumerate() if "lease" in each.name]
 
 
 def test_a_store_that_is_asked_for_twice_is_refused(table: Path, tmp_path: Path) -> None:
@@ -286,6 +371,23 @@ def test_a_bad_image_stops_the_pass_if_asked(table: Path, tmp_path: Path) -> Non
     for name in STORES:
         with FeatureStore(tmp_path / name, unfinished=True) as store:
             assert (store.status != schema.BAD).all()
+
+
+# --- engines -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_auto_keeps_the_engine_of_the_store_that_is_there(
+    named: bool, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "a.zarr" if named else None
+    asked = config(table, tmp_path / "cnn.zarr", engine="torch").model_copy(update={"out": out})
+    first = extract(asked)
+    again = extract(asked.model_copy(update={"engine": "auto"}))
+    assert (again.path, again.extracted, again.engine) == (first.path, 0, "torch")
+    other = extract(asked.model_copy(update={"out": tmp_path / "b.zarr", "engine": "auto"}))
+    assert other.engine == "folded"
 
 
 # --- forecast ------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def test_a_complete_store_is_described(path: Path) -> None:
         "pending": "0",
         "backbone": "test_resnet",
         "px": "64",
+        "engine": "torch",
         "features": "pooled:float32,tokens:float16",
         "views": "orig,flip",
         "labels": "yes",
