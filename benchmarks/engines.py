@@ -6,6 +6,7 @@ Weights are random, as the time does not depend on them. Building an engine, whi
 ``mlc extract`` pays once, has a column of its own.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter, process_time
 
@@ -13,15 +14,20 @@ import click
 import numpy as np
 import torch
 
+from mlc.configs.device import torch_threads
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import BackboneConfig, load_backbone
-from mlc.extract.engines import ENGINES, check_engine
+from mlc.extract.engines import ENGINES, IN_LANES, check_engine
 from mlc.extract.forward import Engine, ForwardPass, sample_pixels
+from mlc.extract.lanes import Lanes, share_cores
 from mlc.report.console import print_table
 
 BACKBONES = (
     "tf_efficientnet_lite0,resnet18,resnet50,vit_small_patch16_224,swin_tiny_patch4_window7_224"
 )
+
+
+BATCHES = 2  # of each lane in a round
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,10 @@ def main(backbones: str, engines: str, batch_size: int, repeats: int, threads: i
         forward = eager(backbone)
         built = build(forward, engines.split(","), batch_size)
         pixels = sample_pixels(forward, batch_size)
-        with torch.inference_mode():
-            rounds = [
-                {name: timed(each.engine, pixels) for name, each in built.items()}
-                for _ in range(repeats)
-            ]
+        rounds = [
+            {name: timed(name, each.engine, pixels) for name, each in built.items()}
+            for _ in range(repeats)
+        ]
         print_table(records(backbone, built, rounds, batch_size))
 
 
@@ -75,11 +80,19 @@ def build(forward: ForwardPass, engines: list[str], batch_size: int) -> dict[str
     return built
 
 
-def timed(engine: Engine, pixels: torch.Tensor) -> tuple[float, float]:
-    """Return the wall and core seconds that an engine takes for one batch."""
+def timed(name: str, engine: Engine, pixels: torch.Tensor) -> tuple[float, float]:
+    """Return the wall and core seconds for a batch, when as many run at once as in extraction."""
+    lanes = share_cores() if name in IN_LANES else Lanes(1, torch.get_num_threads())
+
+    @torch.inference_mode()
+    def run(_: int) -> None:
+        engine(pixels)
+
     wall, cores = perf_counter(), process_time()
-    engine(pixels)
-    return perf_counter() - wall, process_time() - cores
+    with torch_threads(lanes.threads), ThreadPoolExecutor(lanes.count) as runners:
+        list(runners.map(run, range(BATCHES * lanes.count)))
+    batches = BATCHES * lanes.count
+    return (perf_counter() - wall) / batches, (process_time() - cores) / batches
 
 
 def records(
