@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mlc.configs.progress import Progress, silent
 from mlc.store import schema
+from mlc.store.backend import Backend
 from mlc.store.columns import Columns, Contents, read_columns, read_contents
 from mlc.store.features import PIECE_BYTES, THREADS
 from mlc.store.problems import BROKEN, CHANGED, MISSING, Problem, consecutive, why
@@ -53,9 +54,13 @@ def verify(path: Path, progress: Progress = silent) -> Verification:
     """
     backend = schema.format_of(path).open(path)
     try:
+        groups = _broken_groups(backend)  # first: HDF5 tells of some damage only once
         contents = read_contents(backend)
         columns = read_columns(contents)
-        problems = _check_groups(contents) + columns.problems
+        problems = columns.problems
+        if groups is not None:
+            nothing = np.empty(0, np.intp)
+            problems = [Problem("all arrays", contents.file_of(""), nothing, groups), *problems]
         problems += _check_scales(contents, np.flatnonzero(columns.extracted))
         checks = [_begin(contents, columns, array) for array in contents.arrays]
         read_bytes = sum(each.nbytes() for each in checks)
@@ -191,14 +196,13 @@ def _misfit(contents: Contents, array: str, units: Units | None) -> str | None:
     return None
 
 
-def _check_groups(contents: Contents) -> list[Problem]:
-    """See whether readers will find the arrays, which lie in a group for each layer."""
+def _broken_groups(backend: Backend) -> str | None:
+    """Return why readers will not find the arrays, which lie in a group for each layer."""
     try:
-        contents.backend.names()
+        backend.names()
     except BROKEN as error:
-        file, reason = contents.file_of(""), f"a group of arrays {why(error)}"
-        return [Problem("all arrays", file, np.empty(0, np.intp), reason)]
-    return []
+        return f"a group of arrays {why(error)}"
+    return None
 
 
 def _check_scales(contents: Contents, rows: NDArray[np.intp]) -> list[Problem]:
