@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mlc.configs.cores import usable_cores
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress
+from mlc.extract.lanes import fewest
 from mlc.extract.pace import INFER, WRITE, Machine, Pace
 from mlc.extract.profile import span
 from mlc.extract.shards import ALONE, Shards, Share, Target
@@ -99,7 +100,7 @@ def fill(targets: Sequence[Target], work: Work, progress: Progress) -> Filled:
 
 
 def _machine(targets: Sequence[Target], work: Work) -> Machine:
-    lanes = min((target.backbone.lanes for target in targets), key=lambda lanes: lanes.count)
+    lanes = fewest(target.backbone.lanes for target in targets)
     on_gpu = targets[0].backbone.device.type == "cuda"
     return Machine(work.workers, usable_cores(), lanes.threads, lanes.count, on_gpu)
 

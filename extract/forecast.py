@@ -9,6 +9,7 @@ from time import perf_counter
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
+from mlc.extract.lanes import fewest
 from mlc.extract.stream import Asked, stream_each
 from mlc.store.layout import Layout
 from mlc.store.schema import ROW_ARRAYS
@@ -112,7 +113,7 @@ def _require_space(planned: Sequence[Planned]) -> None:
 def _probe(planned: Sequence[Planned], files: Sequence[Path], workers: int) -> float | None:
     """Return the seconds that all images will take at the pace of the first."""
     size = planned[0].layout.batch_size
-    lanes = min(each.backbone.lanes.count for each in planned)
+    lanes = fewest(each.backbone.lanes for each in planned).count
     images = PROBE_BATCHES * lanes * size
     if len(files) < 4 * images:
         return None

@@ -1,5 +1,6 @@
 """Lanes: on a CPU several batches run at once, each on a core of its own."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,3 +31,8 @@ def share_cores() -> Lanes:
     threads = torch.get_num_threads()
     count = min(threads, MOST_LANES)
     return Lanes(count, threads // count)
+
+
+def fewest(lanes: Iterable[Lanes]) -> Lanes:
+    """Return the lanes of backbones that run together: those of the one that has fewest."""
+    return min(lanes, key=lambda each: each.count)

@@ -20,6 +20,7 @@ from mlc.extract.backbone import Backbone
 from mlc.extract.fast_images import DECODERS
 from mlc.extract.fitting import FittingBatches
 from mlc.extract.images import LoadedImage, load_image, never
+from mlc.extract.lanes import fewest
 from mlc.extract.profile import span
 from mlc.extract.views import Squares
 
@@ -126,7 +127,7 @@ def stream_each(
     """
     runs = [FittingBatches(each.backbone) for each in asked]
     trusted = [False] * len(asked)
-    lanes = min((each.backbone.lanes for each in asked), key=lambda lanes: lanes.count)
+    lanes = fewest(each.backbone.lanes for each in asked)
     with (
         torch_threads(lanes.threads),
         ThreadPoolExecutor(workers, thread_name_prefix="decode") as decoders,
