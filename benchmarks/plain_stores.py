@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from store_case import BATCH, SHARD_ROWS, Case, synced
+from store_case import BATCH, Case, synced
 
 from mlc.store.batches import shuffled
 
@@ -33,7 +33,7 @@ def write_plain(case: Case, tool: str) -> int:
 def opened(case: Case, tool: str, *, create: bool = False) -> Iterator[Any]:
     """Open an array of one of the usual tools; tokens are in chunks of an image, within shards."""
     path, shape = case.folder / PLAIN[tool], (case.plain_images, 1, *case.shape)
-    shard = (SHARD_ROWS, *shape[1:])
+    shard = (case.shard_rows, *shape[1:])
     chunks = (1, *shape[1:]) if len(case.shape) > 1 else shard
     if tool == "h5py":
         with h5py.File(path, "w" if create else "r") as file:

@@ -29,7 +29,7 @@ import memory
 import numpy as np
 import torch
 from plain_stores import PLAIN, TAKES, load_plain, read_plain, write_plain
-from store_case import BATCH, GB, POOL, SHARD_ROWS, Case, files_of, make_case, size_of, synced
+from store_case import BATCH, GB, POOL, Case, files_of, make_case, size_of, synced
 
 from mlc.configs.free_memory import free_memory
 from mlc.report.console import print_table
@@ -205,7 +205,7 @@ def write_raw(case: Case) -> int:
 def write_store(case: Case, file: str) -> int:
     """Write a store as extraction does, batch by batch."""
     path = case.folder / file
-    hashes, no_error = np.full(SHARD_ROWS, "0" * 32), np.full(SHARD_ROWS, "")
+    hashes, no_error = np.full(case.shard_rows, "0" * 32), np.full(case.shard_rows, "")
     features = torch.from_numpy(case.pool)
     writer = StoreWriter.create_or_resume(path, layout(case))
     with writer.filling():
@@ -244,7 +244,7 @@ def layout(case: Case) -> Layout:
         file=rows,
         arrays={case.array: case.shape},
         batch_size=BATCH,
-        shard_rows=SHARD_ROWS,
+        shard_rows=case.shard_rows,
         made_by={},
     )
 

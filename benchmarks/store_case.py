@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc.store.layout import shard_rows_for
+
 GB = 1e9
-BATCH, SHARD_ROWS, POOL = 64, 256, 256  # images; a pool of random ones is used again and again
+BATCH, POOL = 64, 256  # images; a pool of random ones is used again and again
 PLAIN_BYTES = 1e9  # at most, of a file of the usual tools: some are slow
 
 
@@ -38,6 +40,11 @@ class Case:
     def image_bytes(self) -> int:
         """Size of an image's features as stored."""
         return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def shard_rows(self) -> int:
+        """Images in a file of a Zarr store, and in a chunk of the usual tools."""
+        return shard_rows_for(self.images)
 
     @property
     def plain_images(self) -> int:

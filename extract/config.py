@@ -26,7 +26,8 @@ class ExtractConfig(DataConfig, BackboneConfig):
         format: "zarr" or "hdf5"; by default what ``out`` ends in, else Zarr.
         batch_size: images in one forward pass; by default what suits the device, see
             ``fit_batch_size``.
-        shard_rows: images written and marked done together: what a killed process may lose.
+        shard_rows: images written and marked done together: what a killed process may lose; by
+            default 256, or up to 1,024 of many.
         workers: threads that read and decode; by default one for each core.
         on_error: "skip" records a bad image and goes on, "raise" stops at it.
         on_changed: what to do where the store has features of another photo of the same name:
@@ -40,7 +41,7 @@ class ExtractConfig(DataConfig, BackboneConfig):
     out: Path | None = None
     format: str | None = None
     batch_size: int | None = None
-    shard_rows: int = 256
+    shard_rows: int | None = None
     workers: int | None = None
     on_error: OnError = "skip"
     on_changed: OnChanged = "raise"

@@ -20,7 +20,7 @@ from mlc.extract.images import hash_content
 from mlc.extract.weights import file_sha256
 from mlc.store import schema
 from mlc.store.key import FeatureKey
-from mlc.store.layout import Layout
+from mlc.store.layout import Layout, shard_rows_for
 from mlc.store.lock import writer_lock
 from mlc.store.reader import FeatureStore, labels_path
 from mlc.store.writer import StoreWriter
@@ -32,7 +32,6 @@ LAYER = "features"
 ARRAY = schema.feature(LAYER, schema.POOLED)
 BACKBONE = "resnet50 of the MLSPL authors, imported features"
 UNKNOWN = "unknown"  # the authors publish no extraction script
-SHARD_ROWS = 256
 SCAN_ROWS = 4096  # 32 MB of 2,048 numbers
 SHOWN = 5
 SOURCE = "https://zenodo.org/records/10162606"
@@ -169,7 +168,7 @@ def _layout(
         file=table.file,
         arrays={ARRAY: parts[0].shape[1:]},
         batch_size=0,  # there was no forward pass
-        shard_rows=SHARD_ROWS,
+        shard_rows=shard_rows_for(len(table)),
         made_by=recorded,
     )
 

@@ -16,7 +16,7 @@ from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
 from mlc.extract.config import ExtractConfig, store_path
 from mlc.extract.engines import AUTO, ENGINES
 from mlc.extract.existing import Found, compare_with_store, recorded_engine
-from mlc.store.layout import Layout
+from mlc.store.layout import Layout, shard_rows_for
 
 
 @dataclass
@@ -193,7 +193,7 @@ def _layout(config: ExtractConfig, images: ImageSet, backbone: Backbone) -> Layo
         file=images.file,
         arrays=backbone.arrays,
         batch_size=backbone.batch_size,
-        shard_rows=config.shard_rows,
+        shard_rows=config.shard_rows or shard_rows_for(len(images.image_id)),
         made_by=recorded,
         grids=backbone.grids,
     )

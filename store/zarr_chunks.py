@@ -6,6 +6,7 @@ lies in thousands.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,9 +46,17 @@ class Chunks:
         Raises:
             ValueError: a chunk is not as long as it should be, or no text.
         """
-        parts = [self._load(chunk)[within] for chunk, within in self._split(start, stop)]
-        values = np.concatenate([self._blank()[:0], *parts])
-        return np.array(values.tolist(), np.str_) if self.dtype == TEXT else values
+        if self.dtype == TEXT:
+            texts = [self._load(chunk)[part] for chunk, part in self._split(start, stop)]
+            return np.array([text for part in texts for text in part.tolist()], np.str_)
+        values, done = np.zeros((max(stop - start, 0), *self.shape), self.dtype), 0
+        for chunk, within in self._split(start, stop):
+            count = within.stop - within.start
+            data = self._bytes(chunk)
+            if data is not None:
+                values[done : done + count] = self._numbers(chunk, data)[within]
+            done += count
+        return values
 
     def write(self, start: int, values: Array) -> None:
         """Write rows from ``start`` on; each chunk is old or new, whatever happens.
@@ -76,24 +85,31 @@ class Chunks:
 
     def _load(self, chunk: int) -> NDArray[Any]:
         """Return a whole chunk, to be changed at will."""
-        try:
-            data = self.file(chunk).read_bytes()
-        except FileNotFoundError:
+        data = self._bytes(chunk)
+        if data is None:
             return self._blank()
-        values = self._blank()
-        if self.dtype == TEXT:
-            # Looked at here, as the library takes memory for as many as a damaged count says.
-            count = int.from_bytes(data[:COUNT_BYTES], "little")
-            if count != self.rows:
-                raise ValueError(f"{self.file(chunk)}: expected {self.rows} texts, got {count}")
-            values[:] = VLenUTF8().decode(data)
-        else:
-            if len(data) != values.nbytes:
-                raise ValueError(
-                    f"{self.file(chunk)}: expected {values.nbytes} bytes, got {len(data)}"
-                )
-            values[:] = np.frombuffer(data, self.dtype).reshape(values.shape)
-        return values
+        if self.dtype != TEXT:
+            return self._numbers(chunk, data).copy()
+        # Looked at here, as the library takes memory for as many as a damaged count says.
+        count = int.from_bytes(data[:COUNT_BYTES], "little")
+        if count != self.rows:
+            raise ValueError(f"{self.file(chunk)}: expected {self.rows} texts, got {count}")
+        texts: NDArray[Any] = VLenUTF8().decode(data)
+        return texts
+
+    def _bytes(self, chunk: int) -> bytes | None:
+        """Return what is in the file of a chunk, None if it is not there."""
+        try:
+            with open(self.file(chunk), "rb", buffering=0) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def _numbers(self, chunk: int, data: bytes) -> NDArray[Any]:
+        size = self.rows * prod(self.shape) * self.dtype.itemsize
+        if len(data) != size:
+            raise ValueError(f"{self.file(chunk)}: expected {size} bytes, got {len(data)}")
+        return np.frombuffer(data, self.dtype).reshape(self.rows, *self.shape)
 
     def _store(self, chunk: int, values: NDArray[Any]) -> None:
         file = self.file(chunk)

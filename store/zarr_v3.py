@@ -226,7 +226,7 @@ class ZarrBackend:
         array = self._array(name)
         where = (shard, *[0] * (len(array.shape) - 1))
         key = self._metadata(name).chunk_key_encoding.encode_chunk_key(where)
-        return self.path / name / key
+        return Path(f"{self.path}/{name}/{key}")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
         """Return rows; text as numpy ``str``."""

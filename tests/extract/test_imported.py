@@ -32,7 +32,7 @@ FILES = {part: f"{part}_features_imagenet_resnet50.npy" for part in ROWS}
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imported, "SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr(imported, "shard_rows_for", lambda images: SHARD_ROWS)
     monkeypatch.setattr(imported, "SCAN_ROWS", 4)
 
 
