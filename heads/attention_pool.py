@@ -41,7 +41,7 @@ class AttentionPoolHead(nn.Module):
         scores = nn.functional.linear(tokens, self.query) / math.sqrt(tokens.shape[-1])
         return scores.softmax(dim=1).transpose(1, 2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits (B, L)."""
+    def forward(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return logits (B, L); where the tokens lie makes no difference."""
         values = nn.functional.linear(tokens, self.weight)
         return (self.attention(tokens) * values.transpose(1, 2)).sum(dim=2) + self.bias

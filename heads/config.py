@@ -7,24 +7,28 @@ from typing import Literal
 
 from pydantic import Field
 
+from mlc.configs.device import choose_device
 from mlc.configs.errors import MlcError, choose
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
 from mlc.datasets.source import DATASETS
+from mlc.heads.decoder import DecoderConfig, check_decoder
 from mlc.heads.full_batch import CONVEX, check_strengths
 from mlc.heads.inputs import LabelsConfig
 from mlc.heads.losses import LOSSES, check_knobs
-from mlc.heads.modules import HEADS
+from mlc.heads.modules import DECODERS, HEADS, OF_TOKENS
+from mlc.heads.recipe import RecipeConfig, check_recipe
 from mlc.store.schema import TOKENS
 
 
-class ProtocolConfig(LabelsConfig):
+class ProtocolConfig(LabelsConfig, DecoderConfig, RecipeConfig):
     """What the heads of a sweep have in common.
 
     Attributes:
         labels: what training sees; by default single positives for the MLSPL losses and full
             labels for bce on the data sets of DATASETS, and a CSV's labels as given.
-        head: a key of HEADS.
+        head: a key of HEADS; see DecoderConfig for the sizes of those that attend, and
+            RecipeConfig for how heads of tokens are trained.
         knobs: of the loss, e.g. ``{smoothing: 0.05}``; ``expected_positives`` is by default the
             papers' constant, else the mean of the training split.
         layer: whose features of the store; by default its first.
@@ -83,6 +87,9 @@ def check_config(config: TrainConfig) -> None:
     """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
     reads = choose(HEADS, config.head, "head").reads
     check_knobs(config.loss, config.knobs)
+    check_decoder(config)
+    check_recipe(config)
+    _check_of_use(config)
     if reads == TOKENS and (config.solver == "lbfgs" or LOSSES[config.loss].has_estimator):
         what = f"loss {config.loss}" if config.solver == "adam" else "solver lbfgs"
         raise MlcError(f"head: {config.head} does not go with the {what}; take a linear head")
@@ -107,6 +114,30 @@ def check_config(config: TrainConfig) -> None:
     if not 0 <= config.weight_decay * config.lr < 1:
         raise MlcError(
             f"weight_decay: should be at least 0 and below 1 / lr, got {config.weight_decay}"
+        )
+
+
+def _check_of_use(config: TrainConfig) -> None:
+    """Raise an MlcError for settings that the head has no use for, or its loss or device."""
+    for fields, heads, what in (
+        (DecoderConfig.model_fields, DECODERS, "heads that attend"),
+        (RecipeConfig.model_fields, OF_TOKENS, "heads of tokens"),
+    ):
+        given = config.model_dump(exclude_defaults=True).keys() & fields.keys()
+        if given and config.head not in heads:
+            raise MlcError(
+                f"{min(given)}: is of {what} ({', '.join(heads)}), got the head {config.head}; "
+                "leave it out, or take one of those"
+            )
+    if config.micro_batch is not None and LOSSES[config.loss].batch_term is not None:
+        raise MlcError(
+            f"micro_batch: the loss {config.loss} is of a whole batch and not the sum of its "
+            "parts; leave it out"
+        )
+    if config.precision != "float32" and choose_device(config.device).type != "cuda":
+        raise MlcError(
+            f"precision: {config.precision} is ten times slower on a CPU, and for GPUs alone; "
+            "leave it out"
         )
 
 

@@ -12,10 +12,10 @@ from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
 from mlc.configs.progress import Progress, silent
 from mlc.configs.provenance import made_by
-from mlc.datasets.labels import LabelTable
+from mlc.datasets.labels import SPLITS, LabelTable
 from mlc.datasets.protocol import apply_protocol
 from mlc.datasets.source import absolute_data
-from mlc.heads.attention_pool import AttentionPoolHead
+from mlc.heads.checkpoint import discard_checkpoint
 from mlc.heads.config import (
     ProtocolConfig,
     TrainConfig,
@@ -27,7 +27,7 @@ from mlc.heads.config import (
 from mlc.heads.explain import frequency_bins
 from mlc.heads.inputs import Features, Split, join, read_features, read_labels, relabel
 from mlc.heads.metrics import evaluate
-from mlc.heads.modules import HEADS
+from mlc.heads.modules import AFFINE, DECODERS, HEADS
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
 from mlc.heads.trained import TrainedHead, selection_targets
@@ -35,7 +35,15 @@ from mlc.heads.training_labels import check_labels, label_gaps
 
 NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
 # Places and a switch, not settings.
-NOT_IN_NAME = {"out", "device", "features", "root", "labels_file", "check"}
+NOT_IN_NAME = {
+    "out",
+    "device",
+    "features",
+    "root",
+    "labels_file",
+    "check",
+    "checkpoint_minutes",
+}
 
 
 @dataclass(frozen=True)
@@ -102,12 +110,17 @@ def prepare(
         split_seed=config.split_seed,
         corruption_seed=config.corruption_seed,
     )
+    names: tuple[str, ...] = SPLITS
+    if config.select_on == "test":  # all that is not test is trained on
+        shown = replace(shown, split=np.where(shown.split == "test", "test", "train"))
+        names = ("train", "test")
     if like is None:
         device, views = choose_device(config.device), splits_in_views(config)
-        splits = join(features, shown, device, in_all_views=views)
+        splits = join(features, shown, device, names, in_all_views=views)
         splits = {name: _as_seen(config.head, split) for name, split in splits.items()}
     else:
-        splits = relabel(like.splits, shown)
+        splits = relabel({name: like.splits[name] for name in names}, shown)
+    splits.setdefault("val", splits["test"])
     return Prepared(table.digest() if like is None else like.source, shown, splits)
 
 
@@ -148,7 +161,9 @@ def fit(
     """
     check_labels(config.loss, prepared.splits["train"].observed.cpu().numpy())
     resolved = resolve(config, features, prepared)
-    return keep(resolved, train_head(resolved, prepared.splits, progress), features, prepared)
+    run = keep(resolved, train_head(resolved, prepared.splits, progress), features, prepared)
+    discard_checkpoint([resolved])
+    return run
 
 
 def keep(config: TrainConfig, trained: TrainedHead, features: Features, prepared: Prepared) -> Run:
@@ -192,15 +207,15 @@ def run_path(
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     if config.solver == "lbfgs":
         return folder / f"{config.loss}-lbfgs-{digest}"
-    name = f"{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
+    head = f"{config.head}-" if config.head in DECODERS else ""
+    name = f"{head}{config.loss}-lr{config.lr:g}-bs{config.batch_size}-seed{config.seed}-{digest}"
     return folder / name
 
 
 def _as_seen(head: str, split: Split) -> Split:
-    module = choose(HEADS, head, "head")
-    if issubclass(module, AttentionPoolHead):
+    if head not in AFFINE:
         return split
-    inputs = module.inputs
+    inputs = AFFINE[head].inputs
     if split.views is None:
         return replace(split, features=inputs(split.features))
     views = inputs(split.views.flatten(0, 1)).view_as(split.views)
@@ -234,6 +249,7 @@ def _results(
     best = trained.history[trained.best_epoch - 1]
     return {
         "best_epoch": trained.best_epoch,
+        **({} if config.select_on == "val" else {"selected_on": config.select_on}),
         "selection_mAP": best["val_mAP"],
         **{name: best[name] for name in ("strength", "converged") if name in best},
         **metrics,
@@ -248,6 +264,7 @@ def _results(
             "store": str(features.path.resolve()),
             "digest": features.digest,
             **({} if config.layer is None else {"layer": config.layer}),
+            **_size(prepared.splits["train"]),
             "key": dict(features.key),
             "backbone": features.made_by["backbone"],
             "weights_licence": features.made_by["weights_licence"],
@@ -255,6 +272,13 @@ def _results(
         },
         "made_by": made_by(),
     }
+
+
+def _size(split: Split) -> dict[str, Any]:
+    """Return the sizes of the features that a head was made for."""
+    if split.tokens is None:
+        return {"width": split.features.shape[1]}
+    return {"width": split.tokens.width, "grid": split.tokens.grid}
 
 
 def _absolute(path: Path | None) -> Path | None:

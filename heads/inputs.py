@@ -60,6 +60,7 @@ class Features:
             of them. View by view, as one is scored like the only one of another store.
         tokens: spatial features, if a head reads those; ``values`` then has no columns.
         rows: (M,) of the store.
+        grid: (H, W) of the tokens, where they have one.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Features:
     views: NDArray[np.float32] | None = None
     tokens: FeatureArray | None = None
     rows: NDArray[np.intp] | None = None
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ def read_features(
             views=views,
             tokens=tokens,
             rows=np.flatnonzero(good),
+            grid=_grid_of(store, layer),
         )
 
 
@@ -226,7 +229,12 @@ def join(
 def _tokens_of(features: Features, rows: NDArray[np.intp]) -> Tokens | None:
     if features.tokens is None or features.rows is None:
         return None
-    return Tokens(features.tokens, features.rows[rows])
+    return Tokens(features.tokens, features.rows[rows], features.grid)
+
+
+def _grid_of(store: FeatureStore, layer: str | None) -> tuple[int, int] | None:
+    grid = store.grids.get(layer or store.layers[0])
+    return None if grid is None else (grid[0], grid[1])
 
 
 def relabel(splits: Mapping[str, Split], table: LabelTable) -> dict[str, Split]:

@@ -1,5 +1,6 @@
 """The order of images and views in training, from ``order_seed`` alone."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,11 @@ def order_generators(order_seed: int) -> tuple[torch.Generator, torch.Generator]
         torch.Generator().manual_seed(order_seed),
         torch.Generator().manual_seed(order_seed ^ VIEWS_STREAM),
     )
+
+
+def stream_seed(*numbers: int) -> int:
+    """Return a seed of torch's for some numbers, as a seed, a step and a part of it."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def batches_of_epoch(images: int, batch_size: int, order: torch.Generator) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mlc.configs import dump, load
 from mlc.configs.errors import MlcError, choose
 from mlc.heads.config import TrainConfig
-from mlc.heads.modules import HEADS
+from mlc.heads.head_size import HeadSize
+from mlc.heads.modules import HEADS, make_head
 
 CONFIG, HEAD, METRICS = "config.yaml", "head.safetensors", "metrics.jsonl"
 SCORES, RESULTS = "scores.npz", "results.json"
@@ -55,15 +56,21 @@ class Run:
 
     def head(self) -> nn.Module:
         """Return the trained head on the CPU."""
-        make = choose(HEADS, self.config.head, "head")
+        choose(HEADS, self.config.head, "head")
         try:
             state = safetensors.torch.load_file(self.path / HEAD)
-            classes, width = state["weight"].shape
-            head = make(width, classes, torch.Generator())
+            head = make_head(self.config.head, self._size(state), self.config, torch.Generator())
             head.load_state_dict(state)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise _damaged(self.path, HEAD, error) from None
         return head.eval()
+
+    def _size(self, state: Mapping[str, Tensor]) -> HeadSize:
+        made = self.results["features"]
+        grid = made.get("grid")
+        # Runs of before this was recorded have heads of one matrix.
+        width = made.get("width") or state["weight"].shape[1]
+        return HeadSize(width, len(self.classes), None if grid is None else (grid[0], grid[1]))
 
 
 def require_free(path: Path) -> None:

@@ -1,6 +1,6 @@
 """Tokens: the spatial features of some images, read batch by batch as float32."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from mlc.store.batches import Batches, Place, open_batches, place_for
 from mlc.store.features import FeatureArray
 from mlc.store.quantize import decode
 
+Scorer = Callable[[Tensor], Tensor]  # tokens (B, T, C) -> logits (B, L)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -20,15 +22,22 @@ class Tokens:
     Attributes:
         array: of the store.
         rows: (n,) rows of the store.
+        grid: (H, W), where they have one.
     """
 
     array: FeatureArray
     rows: NDArray[np.intp]
+    grid: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:
         """C."""
         return self.array.shape[-1]
+
+    @property
+    def count(self) -> int:
+        """T."""
+        return self.array.shape[-2]
 
     @property
     def views(self) -> int:

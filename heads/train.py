@@ -68,7 +68,7 @@ def train_block(
     """
     config, train = configs[0], splits["train"]
     if train.tokens is not None:
-        return [train_tokens(each, splits, _checked(progress, check)) for each in configs]
+        return train_tokens(configs, splits, _checked(progress, check))
     if config.solver == "lbfgs":
         with one_thread():
             return [train_full_batch(each, splits, _checked(progress, check)) for each in configs]

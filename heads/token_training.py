@@ -1,0 +1,178 @@
+"""TokenTraining: one head of tokens while it is trained, from its first step to its best epoch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import functional_call
+
+from mlc.heads.average import MovingAverage
+from mlc.heads.config import TrainConfig
+from mlc.heads.explain import estimated_positives
+from mlc.heads.head_size import HeadSize
+from mlc.heads.losses import LOSSES, loss_value
+from mlc.heads.metrics import mean_ap
+from mlc.heads.modules import make_head
+from mlc.heads.optimiser import make_optimiser, set_rate
+from mlc.heads.order import stream_seed
+from mlc.heads.tokens import Scorer
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a step that go through a head at once.
+
+    Attributes:
+        index: of the part, from 0.
+        share: of the step's images.
+        tokens: (b, T, C) float32.
+        places: (b, T) where on the grid they lie, if some are left out.
+        labels: (b, L) int8.
+    """
+
+    index: int
+    share: float
+    tokens: Tensor
+    places: Tensor | None
+    labels: Tensor
+
+
+class TokenTraining:
+    """A head, its optimiser, its moving average, and its epochs so far.
+
+    Attributes:
+        config: of the head.
+        history: a line of ``metrics.jsonl`` for each epoch.
+        best: its tensors at the best epoch, on the CPU.
+        best_epoch: counted from 1.
+        best_map: its mAP in per cent.
+        diverged: its scores are not finite; it is not trained any more.
+    """
+
+    def __init__(
+        self, config: TrainConfig, size: HeadSize, device: torch.device, steps: int
+    ) -> None:
+        self.config, self._steps = config, steps
+        generator = torch.Generator().manual_seed(config.seed)
+        self._head = make_head(config.head, size, config, generator).to(device)
+        self._optimiser = make_optimiser(self._head, config, config.lr, config.weight_decay)
+        self._average: MovingAverage | None = None
+        if config.ema_decay is not None:
+            self._average = MovingAverage(self._head, config.ema_decay, warm_up=config.ema_warm_up)
+        self.history: list[dict[str, float]] = []
+        self.best, self.best_epoch, self.best_map = _on_cpu(self._head.state_dict()), 0, -math.inf
+        self.diverged = False
+        self._loss = torch.zeros((), device=device)  # of the epoch so far
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is not trained any more: it diverged, or has waited for too long."""
+        waited = len(self.history) - self.best_epoch
+        patience = self.config.patience
+        return self.diverged or (patience is not None and waited > patience)
+
+    def add(self, part: Part, step: int) -> None:
+        """Add the gradient of a part of a step's images.
+
+        Its dropout depends on the seed, the step and the part alone.
+        """
+        torch.manual_seed(stream_seed(self.config.seed, step, part.index))
+        self._head.train()
+        loss = part.share * self._loss_of(part)
+        (self.config.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
+        self._loss += loss.detach()
+
+    def step(self, step: int) -> None:
+        """Take a step, counted from 0, along the gradients that were added."""
+        set_rate(self._optimiser, self.config, self.config.lr, step, self._steps)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        if self._average is not None:
+            self._average.update(self._head, step)
+
+    def _loss_of(self, part: Part) -> Tensor:
+        autocast = torch.autocast(
+            part.tokens.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+        )
+        with autocast:
+            logits = self._head(part.tokens, part.places)
+        method = LOSSES[self.config.loss]
+        return loss_value(method, logits.float(), part.labels, knobs=self.config.knobs)
+
+    def scorers(self) -> list[Scorer]:
+        """Return what gives logits (B, L) now: the head and, if there is one, its average."""
+        head = self._head.eval()
+        if self._average is None:
+            return [head]
+        averaged = self._average.state
+        return [head, lambda tokens: functional_call(head, averaged, (tokens,))]
+
+    def best_scorer(self) -> Scorer:
+        """Return what gives the logits (B, L) of the best epoch; nothing is trained after it."""
+        self._head.load_state_dict(self.best)
+        return self._head.eval()
+
+    def end_epoch(
+        self, logits: Sequence[NDArray[np.float32]], targets: NDArray[np.bool_], steps: int
+    ) -> None:
+        """Take the scores of an epoch.
+
+        Args:
+            logits: (n, L) of each of ``scorers()``.
+            targets: (n, L), the positives that select.
+            steps: of the epoch.
+        """
+        if not all(np.isfinite(each).all() for each in logits):
+            self.diverged = True
+            return
+        probs = [torch.from_numpy(each).sigmoid() for each in logits]
+        maps = [float(mean_ap(each.numpy(), targets)) for each in probs]
+        chosen = int(np.argmax(maps))
+        line = {
+            "epoch": len(self.history) + 1,
+            "loss": float(self._loss) / steps,
+            "val_mAP": maps[chosen],
+        }
+        if self._average is not None:
+            line |= {"val_mAP_raw": maps[0], "val_mAP_average": maps[1]}
+        self.history.append(line | {"val_estimated_positives": estimated_positives(probs[chosen])})
+        self._loss.zero_()
+        if maps[chosen] > self.best_map:
+            states = [self._head.state_dict(), self._average.state if self._average else {}]
+            self.best, self.best_epoch = _on_cpu(states[chosen]), len(self.history)
+            self.best_map = maps[chosen]
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+        return {
+            "head": self._head.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "average": self._average.state if self._average else {},
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_map": self.best_map,
+            "diverged": self.diverged,
+            "loss": self._loss,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        self._head.load_state_dict(state["head"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        if self._average is not None:
+            for name, each in self._average.state.items():
+                each.copy_(state["average"][name])
+        self.history, self.diverged = state["history"], state["diverged"]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.best_map = state["best_map"]
+        self._loss.copy_(state["loss"])
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.detach().cpu().clone() for name, each in state.items()}
