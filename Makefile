@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow check lint bench clean
+.PHONY: demo test test-slow test-official check lint bench clean
 
 demo: $(READY)        ## embedded data and weights: extract, train, report
 	$(BIN)/mlc demo
@@ -13,6 +13,9 @@ test: $(READY)        ## the tests, a few minutes
 
 test-slow: $(READY)   ## real weights, killed processes: some minutes more
 	$(BIN)/pytest -m slow
+
+test-official: $(READY) ## the six full-size Query2Label models against their authors' code
+	$(BIN)/pytest -m official -s
 
 check: lint test      ## what a change must pass
 

@@ -153,7 +153,8 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @CONFIG
 @click.option(
     "--backbone",
-    help="A timm model, hf-hub:OWNER/NAME too, or several as a,b: one pass; default resnet50.",
+    help="A timm model, hf-hub:OWNER/NAME too, cvt_w24, or several as a,b: one pass; default "
+    "resnet50.",
 )
 @click.option("--weights", help="A weights file, .safetensors or .pth; or one for each, as x,y.")
 @click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
@@ -164,7 +165,7 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     help="Side of the square input, or several as 224,448; default the model's.",
 )
 @click.option("--engine", help="auto, torch, folded, inductor or onnxruntime; default auto.")
-@click.option("--decode", help="pillow, exact, or fast; default pillow.")
+@click.option("--decode", help="pillow, exact; fast; or fast-gpu, JPEGs on a GPU; [pillow].")
 @click.option("--features", help="pooled,tokens, each perhaps with :float16 or :int8; [pooled].")
 @click.option("--layers", help="Modules by name, e.g. layer3,layer4; default the last features.")
 @click.option("--views", help="Cached views, e.g. orig,flip; default orig.")
@@ -352,13 +353,17 @@ def compare(first: Path, second: Path, seeds: tuple[int, ...] | None, epochs: in
 @VIEWS
 @NO_CHECK
 @click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
-@click.option("--head", help="linear, normalised-linear, or attention-pool (of tokens).")
+@click.option(
+    "--head", help="linear, normalised-linear; of tokens: attention-pool, q2l or ml-decoder."
+)
+@click.option("--hidden-dim", type=int, help="Width of q2l and ml-decoder; default their papers'.")
 @click.option("--solver", help="adam, or lbfgs: the optimum of a convex loss; default adam.")
 @click.option("--lr", type=float, help="Of Adam; default 1e-3.")
 @click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
 @click.option("--batch-size", type=int, help="Images a step; default 16.")
 @click.option("--epochs", type=int, help="The best of them is kept; default 25.")
 @click.option("--val-labels", help="clean or observed: what chooses the epoch; default clean.")
+@click.option("--select-on", help="val, or test as Query2Label's authors do; default val.")
 @click.option("--seed", type=int, help="Of the initial weights; default 0.")
 @DEVICE
 @click.option("--out", type=PATH, help="The run folder; default runs/ and a name of its settings.")
@@ -388,7 +393,14 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
 @VIEWS
 @NO_CHECK
 @click.option("--losses", callback=names, help="all, or e.g. an,role; default all.")
-@click.option("--head", help="linear, normalised-linear, or attention-pool (of tokens).")
+@click.option(
+    "--head", help="linear, normalised-linear; of tokens: attention-pool, q2l or ml-decoder."
+)
+@click.option(
+    "--hidden-dim",
+    callback=partial(numbers, int),
+    help="Widths of q2l and ml-decoder, e.g. 256,512; default their papers'.",
+)
 @click.option("--solvers", callback=names, help="adam,lbfgs; default adam.")
 @click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-2,1e-3; default 1e-3.")
 @click.option("--weight-decay", callback=partial(numbers, float), help="e.g. 0,1e-2; default 0.")
@@ -490,9 +502,58 @@ def predict(
 
 
 @cli.command()
+@click.argument("run", type=PATH)
+@click.option("--images", type=PATH, help="Draw maps over the photos below this folder.")
+@click.option("--out", type=PATH, help="Folder of the pictures; default attention.")
+@click.option("--top", type=click.IntRange(1), default=3, help="Labels a photo; default 3.")
+@click.option("--classes", callback=names, help="Draw these labels, whatever is likely.")
+@DATA
+@click.option("--split", default="test", help="train, val, test or all; default test.")
+@WEIGHTS
+@DEVICE
+def attention(
+    run: Path,
+    images: Path | None,
+    out: Path | None,
+    top: int,
+    classes: tuple[str, ...] | None,
+    split: str,
+    weights: Path | None,
+    device: str | None,
+    **flags: Any,
+) -> None:
+    """Where a head of tokens looks: pictures, or how often into a box of the label."""
+    from mlc.configs import load
+    from mlc.datasets.boxes import boxes_below
+    from mlc.datasets.source import DataConfig
+    from mlc.heads.run_folder import read_run
+    from mlc.models.attention import point_on_images
+    from mlc.models.whole import load_whole
+    from mlc.report.attention import print_pointing, write_attention
+    from mlc.report.console import progress_bar
+    from mlc.report.summary import print_bad
+
+    model = load_whole(read_run(run), weights, device or "auto")
+    data_config = load(DataConfig, "attention", flags=flags)
+    with progress_bar("look", "images") as progress:
+        if images is None:
+            pointing, bad = point_on_images(model, data_config, split, progress)
+        else:
+            known = any(value is not None for value in flags.values())
+            boxes = boxes_below(data_config, images) if known else None
+            folder = out or Path("attention")
+            written, bad = write_attention(model, images, folder, classes, top, boxes, progress)
+    print_bad(bad)
+    if images is None:
+        print_pointing(pointing)
+    else:
+        click.echo(f"{written:,} pictures: {folder}")
+
+
+@cli.command()
 @click.argument("runs", type=PATH, nargs=-1)
 @click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
-@click.option("--against", help="mlspl: beside the paper's verified figures.")
+@click.option("--against", help="mlspl or q2l: beside the paper's verified figures.")
 @click.option("--per-class", is_flag=True, help="Also the AP of each class over tuned AN.")
 @click.option("--resamples", type=click.IntRange(100), default=1000, help="Default 1000.")
 @click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")

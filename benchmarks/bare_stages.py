@@ -11,7 +11,7 @@ from mlc.configs.device import torch_threads
 from mlc.datasets.digits import read_digits
 from mlc.datasets.images import find_images
 from mlc.extract.backbone import Backbone, BackboneConfig
-from mlc.extract.fast_images import DECODERS
+from mlc.extract.decoders import choose_decoder
 from mlc.extract.forward import sample_pixels
 from mlc.extract.images import read_file
 from mlc.report.demo import BACKBONE, packaged_weights
@@ -34,7 +34,7 @@ def timed(job: Callable[[], float | None]) -> Timed:
 
 def decode_all(files: Sequence[Path], *backbones: Backbone) -> None:
     """Read and decode files one after the other, and resize each as the backbones want it."""
-    decode = DECODERS[backbones[0].key.decode]
+    decode = choose_decoder(backbones[0].key.decode, backbones[0].device)
     squares = dict.fromkeys(backbone.squares for backbone in backbones)
     for file in files:
         for _ in decode(read_file(file), *squares):

@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from mlc.datasets.images import find_images
-from mlc.extract.fast_images import DECODERS
+from mlc.extract.fast_images import decode_views_fast
+from mlc.extract.images import decode_views
 from mlc.extract.views import Squares
 from mlc.report.console import print_table
+
+DECODERS = {"pillow": decode_views, "fast": decode_views_fast}  # both on one core
 
 
 @click.command()

@@ -15,14 +15,15 @@ from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
 from mlc.extract.batch_size import fit_batch_size
+from mlc.extract.decoders import choose_decoder
 from mlc.extract.engines import AUTO, IN_LANES, check_name, choose_engine, require_precision
-from mlc.extract.fast_images import DECODERS
 from mlc.extract.forward import Engine, ForwardPass, read_arrays
 from mlc.extract.images import INTERPOLATIONS
 from mlc.extract.lanes import Lanes, share_cores
 from mlc.extract.layers import LayerFeatures, LayerReader
 from mlc.extract.memory import keep_freed_memory
 from mlc.extract.network import Network, Weights, cannot_take
+from mlc.extract.own_models import OWN_MODELS, own_network, resolve_own_name
 from mlc.extract.timm_models import resolve_timm_name, timm_network
 from mlc.extract.torchvision_models import (
     TORCHVISION,
@@ -42,15 +43,17 @@ class BackboneConfig(Config):
     """Which backbone, which of its features, and how images are made to fit it.
 
     Attributes:
-        backbone: a timm name, with or without its pretrained tag, ``hf-hub:OWNER/NAME``, or
-            ``torchvision:NAME``, with or without the name of its weights.
+        backbone: a timm name, with or without its pretrained tag, ``hf-hub:OWNER/NAME``,
+            ``torchvision:NAME``, with or without the name of its weights, or a name of
+            ``OWN_MODELS``.
         weights: a weights file instead of the published ones.
         weights_licence: of that file, if you know it; recorded in stores and runs.
         random_weights: untrained, for tests; seeded.
         size_px: side of the square input; by default the model's own.
         interpolation: of the resize; by default the model's own.
         decode: "pillow" as the reference pipelines do, or "fast": JPEGs at a reduced scale where
-            twice the size is left, and torch's antialiased resize; see ``fast_images``.
+            twice the size is left, and torch's antialiased resize, see ``fast_images``; or
+            "fast-gpu": JPEGs decoded and resized on the GPU, see ``gpu_images``.
         precision: of the forward pass; "auto" is float32 on a CPU, and on a GPU bfloat16 if it
             has it, else float16.
         engine: that runs the forward pass: "auto", which is eager torch on a GPU and the fastest
@@ -160,13 +163,14 @@ def load_backbone(config: BackboneConfig, batch_size: int | None = None) -> Back
         MlcError: the model, an engine, a layer, a kind of features or a view is unknown, a layer
             does not give what is asked of it, the weights cannot be had or do not fit, the model
             cannot take images of this size, the device is not there, or it is no device for the
-            precision or the engine.
+            precision, the decoder or the engine.
     """
     keep_freed_memory()
     device = choose_device(config.device)
     precision = resolve_precision(config.precision, device)
     require_precision(DTYPES[precision], device)
     check_name(config.engine)
+    choose_decoder(config.decode, device)
     kinds = feature_dtypes(config.features)
     check_views(config.views)
     name = resolve_name(config.backbone)
@@ -202,7 +206,9 @@ def resolve_name(name: str) -> str:
     """
     if name.startswith(TORCHVISION):
         return resolve_torchvision_name(name)
-    return resolve_timm_name(name)
+    if name.partition(".")[0] in OWN_MODELS:
+        return resolve_own_name(name)
+    return resolve_timm_name(name, others=OWN_MODELS)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:
@@ -216,6 +222,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
 
 def _build(name: str, config: BackboneConfig) -> Network:
     weights = Weights(config.weights, config.random_weights)
+    if name in OWN_MODELS:
+        return own_network(name, weights, config.size_px)
     build = torchvision_network if name.startswith(TORCHVISION) else timm_network
     return build(name, weights, config.size_px)
 
@@ -225,7 +233,6 @@ def _feature_key(
 ) -> FeatureKey:
     interpolation = config.interpolation or network.interpolation
     choose(INTERPOLATIONS, interpolation, "interpolation")
-    choose(DECODERS, config.decode, "decode")
     dtypes = feature_dtypes(config.features)
     return FeatureKey(
         backbone=network.architecture,

@@ -12,7 +12,7 @@ from mlc.configs.errors import MlcError
 from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import LabelTable, load_labels, merge_labels
 from mlc.extract.backbone import Backbone
-from mlc.extract.fast_images import DECODERS
+from mlc.extract.decoders import choose_decoder
 from mlc.extract.images import hash_content, load_image, read_file
 from mlc.store import schema
 from mlc.store.key import FeatureKey, require_same_key
@@ -150,7 +150,7 @@ def _find_mended(
 ) -> list[int]:
     """Return which rows were bad in an earlier call and can be read now."""
     scratch = {backbone.squares: backbone.squares.blank(1)[:, 0]}
-    decode = DECODERS[backbone.key.decode]
+    decode = choose_decoder(backbone.key.decode, backbone.device)
     mended = []
     for row in np.flatnonzero(bad).tolist():
         error = load_image(files[row], scratch, decode=decode).error

@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mlc.extract.images import Decode, as_shown, decode_views, open_image, squash
+from mlc.extract.images import as_shown, open_image, squash
 from mlc.extract.views import VIEWS, Squares, View, crop_box, squash_views
 
 INTERPOLATIONS = ("bilinear", "bicubic")  # that torch has too
@@ -59,11 +59,25 @@ def decode_views_fast(data: bytes, *asked: Squares) -> Iterator[NDArray[np.uint8
         yield from squash_views(each.views, partial(_squash, photos[scale], each))
 
 
+def suits_torch(image: Image.Image, asked: Squares) -> bool:
+    """Return whether an opened image is a plain JPEG that torch can resize to a square."""
+    plain = isinstance(image, JpegImageFile) and image.mode in ("RGB", "L")
+    return plain and asked.interpolation in INTERPOLATIONS and min(image.size) >= asked.size_px
+
+
+def resize_view(photo: Tensor, asked: Squares, view: View) -> Tensor:
+    """Return what a view shows of a photo (3, H, W) before it is turned, (3, S, S)."""
+    box = crop_box(view, photo.shape[2], photo.shape[1])
+    if box is not None:
+        left, upper, right, lower = map(round, box)
+        photo = photo[:, upper:lower, left:right]
+    size = (asked.size_px, asked.size_px)
+    return interpolate(photo[None], size, mode=asked.interpolation, antialias=True)[0]
+
+
 def _scale(image: Image.Image, asked: Squares) -> int | None:
     """Return what an image's sides can be divided by; None if it has to be decoded exactly."""
-    plain = isinstance(image, JpegImageFile) and image.mode in ("RGB", "L")
-    fast = plain and asked.interpolation in INTERPOLATIONS and min(image.size) >= asked.size_px
-    if not fast:
+    if not suits_torch(image, asked):
         return None
     crops = [VIEWS[view].crop or (0, 0, 1, 1) for view in asked.views]
     share = min(right - left for left, _, right, _ in crops)
@@ -85,13 +99,5 @@ def _squash(photo: Tensor | Image.Image, asked: Squares, view: View) -> NDArray[
     """Return what a view shows of a photo before it is turned, (S, S, 3)."""
     if isinstance(photo, Image.Image):
         return squash(photo, asked, view)
-    box = crop_box(view, photo.shape[1], photo.shape[0])
-    if box is not None:
-        left, upper, right, lower = map(round, box)
-        photo = photo[upper:lower, left:right]
-    batch, size = photo.permute(2, 0, 1)[None], (asked.size_px, asked.size_px)
-    square = interpolate(batch, size, mode=asked.interpolation, antialias=True)
-    return square[0].permute(1, 2, 0).numpy()
-
-
-DECODERS: dict[str, Decode] = {"pillow": decode_views, "fast": decode_views_fast}
+    square = resize_view(photo.permute(2, 0, 1), asked, view)
+    return square.permute(1, 2, 0).numpy()

@@ -92,7 +92,7 @@ def load_image(
         pixels: to be filled, (V, S, S, 3) for each that is asked for.
         known: asked with the content hash, in the thread that read the file; a photo that is
             known is not decoded.
-        decode: of ``fast_images.DECODERS``; by default ``decode_views``.
+        decode: of ``decoders.DECODERS``; by default ``decode_views``.
     """
     start = time.perf_counter()
     try:
@@ -194,11 +194,11 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 def as_shown(image: Image.Image) -> Image.Image:
     """Return the pixels of an opened image as RGB, turned as its EXIF orientation says."""
     image.load()
-    turn = TURNS.get(_exif_orientation(image))
+    turn = TURNS.get(exif_orientation(image))
     return _as_rgb(image if turn is None else image.transpose(turn))
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """Return a key of ``TURNS``, or 1; also if the EXIF data are nonsense, as viewers do."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlc.configs.device import torch_threads
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
-from mlc.extract.fast_images import DECODERS
+from mlc.extract.decoders import choose_decoder
 from mlc.extract.fitting import FittingBatches
 from mlc.extract.images import LoadedImage, load_image, never
 from mlc.extract.lanes import fewest
@@ -169,7 +169,8 @@ def _submit(
         for each, wanted in zip(asked, wants, strict=True)
         if wanted.any()
     }
-    decode = DECODERS[asked[0].backbone.key.decode]
+    first = asked[0].backbone
+    decode = choose_decoder(first.key.decode, first.device)
     loads: list[Future[LoadedImage] | None] = []
     for place, row in enumerate(rows):
         askers = [each for each, wanted in zip(asked, wants, strict=True) if wanted[place]]

@@ -1,6 +1,7 @@
 """timm's models as networks: names, tags, sizes."""
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import timm
@@ -22,8 +23,12 @@ HUB = "hf-hub:"
 FINAL = "forward_features"  # timm's method: all of a model but its pooling and classifier
 
 
-def resolve_timm_name(name: str) -> str:
+def resolve_timm_name(name: str, others: Collection[str] = ()) -> str:
     """Return the full timm name that a name means: ``resnet50`` is ``resnet50.tv_in1k``.
+
+    Args:
+        name: with or without a tag.
+        others: names of models that are not timm's, to be proposed too if there is no such model.
 
     Raises:
         MlcError: timm has no such model, or no such tag of it.
@@ -32,7 +37,8 @@ def resolve_timm_name(name: str) -> str:
         return name
     architecture, tag = map(str, split_model_name_tag(name))
     if not is_model(architecture):
-        raise MlcError(f"unknown backbone {architecture!r}; {nearest(architecture, list_models())}")
+        known = [*list_models(), *others]
+        raise MlcError(f"unknown backbone {architecture!r}; {nearest(architecture, known)}")
     tags = [each.partition(".")[2] for each in list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise MlcError(f"unknown tag {tag!r} of {architecture}; {nearest(tag, tags)}")

@@ -22,6 +22,7 @@ class SweepConfig(ProtocolConfig):
         lr: of Adam.
         weight_decay: see TrainConfig.
         batch_size: images a step.
+        hidden_dim: widths of heads that attend, see DecoderConfig.
         seeds: of the initial weights and the label estimator.
         vary: what else a seed changes: it is then added to ``order_seed`` or to
             ``corruption_seed``.
@@ -33,6 +34,7 @@ class SweepConfig(ProtocolConfig):
     lr: tuple[float, ...] = (1e-3,)
     weight_decay: tuple[float, ...] = (0.0,)
     batch_size: tuple[int, ...] = (16,)
+    hidden_dim: tuple[int, ...] | None = None  # type: ignore[assignment]
     seeds: tuple[int, ...] = (0,)
     vary: tuple[Literal["order", "corruption"], ...] = ()
     out: Path = Path("runs")
@@ -47,8 +49,10 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
     losses = tuple(LOSSES) if config.losses == ALL else config.losses
     if ALL[0] in losses:
         raise MlcError(f"losses: 'all' stands alone, got {', '.join(losses)}")
-    for name in ("losses", "solvers", "batch_size", "lr", "weight_decay", "seeds"):
+    for name in ("losses", "solvers", "batch_size", "hidden_dim", "lr", "weight_decay", "seeds"):
         values = getattr(config, name)
+        if name == "hidden_dim" and values is None:
+            continue
         if not values:
             raise MlcError(f"{name}: is empty; give at least one")
         if len(set(values)) != len(values):
@@ -61,10 +65,19 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
             names = {name for knobs in known.values() for name in knobs}
             raise MlcError(f"knobs: none of these losses has {knob!r}; {nearest(knob, names)}")
     grid = [
-        _config_of(config, loss=loss, batch_size=size, lr=lr, weight_decay=decay, seed=seed)
-        for loss, size, lr, decay, seed in product(
+        _config_of(
+            config,
+            loss=loss,
+            batch_size=size,
+            hidden_dim=width,
+            lr=lr,
+            weight_decay=decay,
+            seed=seed,
+        )
+        for loss, size, width, lr, decay, seed in product(
             losses if "adam" in config.solvers else (),
             config.batch_size,
+            config.hidden_dim or (None,),
             config.lr,
             config.weight_decay,
             config.seeds,
@@ -86,6 +99,7 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
 def _config_of(config: SweepConfig, *, loss: str, seed: int, **own: Any) -> TrainConfig:
     known = LOSSES[loss].knobs()
     fields = config.model_dump(include=set(ProtocolConfig.model_fields)) | {
+        "hidden_dim": None,
         "loss": loss,
         "seed": seed,
         "knobs": {name: each for name, each in config.knobs.items() if name in known},

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,31 @@ import torch
 from mlc.heads.block import bytes_of_cells, bytes_of_head
 from mlc.heads.config import TrainConfig
 from mlc.heads.full_batch import MAX_BYTES, STRENGTHS
+from mlc.heads.head_size import HeadSize
+from mlc.heads.inputs import LabelsConfig
 from mlc.heads.losses import LOSSES
+from mlc.heads.modules import make_head
 
 OWN = {"lr", "weight_decay", "seed", "out"}  # in which the heads of a block may differ
+# Fields that heads of tokens have in common if they are trained in one pass over them.
+OF_A_PASS = {
+    *LabelsConfig.model_fields,
+    "labels",
+    "layer",
+    "view_augment",
+    "epochs",
+    "batch_size",
+    "micro_batch",
+    "token_dropout",
+    "order_seed",
+    "corruption_seed",
+    "split_seed",
+    "val_labels",
+    "select_on",
+    "checkpoint_minutes",
+    "device",
+}
+TOKEN_STATES = 6  # of a head's size: itself, gradient, two moments, average, best epoch
 # What the state of a block may take of the cache that all cores share. With 2,048 features and 80
 # classes it is six heads: from two to eight cost the same, twelve a third more.
 CACHE_BYTES = 16 * 2**20
@@ -53,7 +75,7 @@ def plan(
     workers = 1 if on_gpu else torch.get_num_threads()
     limit = memory_bytes(device) // workers
     blocks = []
-    for group in _groups(configs):
+    for group in _groups(configs, TrainConfig.model_fields.keys() - OWN):
         bytes_each = _bytes(group[0], images, width, classes)
         most = limit // bytes_each
         if not on_gpu:
@@ -66,6 +88,35 @@ def plan(
         (len(block) * _bytes(block[0], images, width, classes) for block in blocks), reverse=True
     )
     return Plan(blocks, min(workers, max(1, len(blocks))), sum(largest[:workers]))
+
+
+def plan_tokens(
+    configs: Sequence[TrainConfig], images: int, size: HeadSize, device: torch.device
+) -> Plan:
+    """Divide heads of tokens into passes over them, as many heads in each as memory holds.
+
+    Args:
+        configs: resolved.
+        images: of the training split.
+        size: of the heads' inputs and outputs.
+        device: where they train.
+    """
+    limit = memory_bytes(device)
+    blocks: list[list[TrainConfig]] = []
+    sizes: list[int] = []
+    for group in _groups(configs, OF_A_PASS):
+        room = 0
+        for config in group:
+            taken = _token_bytes(config, size)
+            if taken > room:
+                blocks.append([])
+                sizes.append(0)
+                room = limit
+            blocks[-1].append(config)
+            sizes[-1] += taken
+            room -= taken
+    blocks.sort(key=lambda block: -head_steps(block, images))
+    return Plan(blocks, 1, max(sizes))
 
 
 def head_steps(block: Sequence[TrainConfig], images: int) -> int:
@@ -86,12 +137,20 @@ def memory_bytes(device: torch.device) -> int:
     return int(total * MEMORY_SHARE)
 
 
-def _groups(configs: Sequence[TrainConfig]) -> list[list[TrainConfig]]:
+def _groups(configs: Sequence[TrainConfig], fields: Collection[str]) -> list[list[TrainConfig]]:
+    """Return the configs that have the same values of some fields."""
     groups: dict[str, list[TrainConfig]] = {}
     for config in configs:
-        same = json.dumps(config.model_dump(mode="json", exclude=OWN), sort_keys=True)
+        same = json.dumps(config.model_dump(mode="json", include=set(fields)), sort_keys=True)
         groups.setdefault(same, []).append(config)
     return list(groups.values())
+
+
+def _token_bytes(config: TrainConfig, size: HeadSize) -> int:
+    """Return the bytes of a head of tokens, without what a step takes."""
+    with torch.device("meta"):
+        head = make_head(config.head, size, config, torch.Generator())
+    return 4 * TOKEN_STATES * sum(each.numel() for each in head.parameters())
 
 
 def _bytes(config: TrainConfig, images: int, width: int, classes: int) -> int:

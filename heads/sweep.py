@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
 
-from mlc.configs.device import one_thread
+import torch
+
+from mlc.configs.device import torch_threads
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.labels import LabelTable
+from mlc.heads.checkpoint import discard_checkpoint
 from mlc.heads.config import (
     TrainConfig,
     check_config,
@@ -18,8 +21,9 @@ from mlc.heads.config import (
 )
 from mlc.heads.fit import Prepared, keep, prepare, read_inputs, resolve, run_path
 from mlc.heads.grid import ALL, SweepConfig, grid_of
+from mlc.heads.head_size import HeadSize
 from mlc.heads.inputs import Features
-from mlc.heads.plan import Plan, head_steps, plan
+from mlc.heads.plan import Plan, head_steps, plan, plan_tokens
 from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import train_block
 from mlc.heads.trained import Diverged
@@ -144,6 +148,9 @@ def _plan(work: _Work) -> Plan | None:
     if not missing:
         return None
     train = next(iter(work.prepared.values())).splits["train"]
+    if train.tokens is not None:
+        size = HeadSize(train.tokens.width, train.observed.shape[1], train.tokens.grid)
+        return plan_tokens(missing, len(train.image_id), size, train.features.device)
     images, width = train.features.shape
     return plan(missing, images, width, train.observed.shape[1], train.features.device)
 
@@ -158,7 +165,9 @@ def _train(work: _Work, planned: Plan, progress: Progress) -> None:
         if stop.is_set():
             raise InterruptedError
 
-    with one_thread(), ThreadPoolExecutor(planned.workers) as pool:
+    # A pass over tokens has matrices that are worth sharing; other blocks have a core each.
+    threads = torch.get_num_threads() if planned.workers == 1 else 1
+    with torch_threads(threads), ThreadPoolExecutor(planned.workers) as pool:
         futures = [
             pool.submit(_train_and_keep, work, block, counter, check) for block in planned.blocks
         ]
@@ -181,6 +190,7 @@ def _train_and_keep(
             work.diverged.append(str(config.out))
         else:
             keep(config, head, work.features, prepared)
+    discard_checkpoint(block)
     counter.add(0, heads=len(block))
 
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mlc.configs.allocator import keep_freed_memory
 from mlc.configs.progress import Progress, silent
 from mlc.heads.checkpoint import Checkpoint
 from mlc.heads.config import TrainConfig
@@ -54,8 +55,7 @@ def train_tokens(
     threads. What is done is saved now and then, and the same call goes on from there.
 
     Args:
-        configs: checked, their knobs settled; heads of which ``same_pass`` says that they can be
-            trained together.
+        configs: checked, their knobs settled; they differ in nothing of ``OF_A_PASS``.
         splits: "train", "val" and "test", joined with tokens.
         progress: told of each step.
 
@@ -66,6 +66,8 @@ def train_tokens(
         MlcError: stored features are damaged.
     """
     config, train = configs[0], splits["train"]
+    if train.features.device.type == "cpu":
+        keep_freed_memory()
     tokens = {name: split.of_tokens() for name, split in splits.items()}
     reader = _open(config, tokens, train.features.device)
     epoch_steps = max(1, len(train.image_id) // config.batch_size)

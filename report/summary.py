@@ -12,6 +12,7 @@ from mlc.heads.run_folder import Run
 from mlc.report.console import print_table, shares
 from mlc.report.mlspl_paper import data_set_of, mlspl_note, mlspl_records
 from mlc.report.per_class import class_note, class_records, require_baseline
+from mlc.report.query2label_paper import query2label_note, query2label_records, require_coco
 from mlc.report.table import Report
 from mlc.report.written import PARTIAL, check_table_path, footnote, to_records, write_table
 
@@ -172,4 +173,7 @@ def _figures(metrics: Mapping[str, Any], names: tuple[str, ...]) -> str:
 AP = ("mAP", "mAP_asl", "mAP_voc")
 PRECISION_RECALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 # A paper -> the records and the note of its table, and what refuses runs of other data sets.
-AGAINST = {"mlspl": (mlspl_records, mlspl_note, data_set_of)}
+AGAINST = {
+    "mlspl": (mlspl_records, mlspl_note, data_set_of),
+    "q2l": (query2label_records, query2label_note, require_coco),
+}

@@ -26,7 +26,8 @@ class FeatureKey:
         size_px: side of the square that the backbone sees.
         resize: "squash": the whole image, its aspect ratio not kept.
         interpolation: of the resize.
-        decode: "pillow": decoded and resized by Pillow, as the reference pipelines do; or "fast".
+        decode: "pillow": decoded and resized by Pillow, as the reference pipelines do; "fast" or
+            "fast-gpu".
         mean: of the normalisation, per RGB channel, pixels in [0, 1].
         std: of the normalisation.
         precision: of the forward pass.

@@ -365,6 +365,46 @@ def test_precision_and_recall_are_scikit_learns(threshold: float) -> None:
     assert (got["OP"], got["OR"], got["OF1"]) == pytest.approx(want, **close)
 
 
+def test_precision_and_recall_by_hand() -> None:
+    probs = np.array([[0.9, 0.6, 0.2], [0.8, 0.4, 0.7], [0.3, 0.9, 0.6], [0.1, 0.2, 0.55]])
+    targets = np.array([[1, 0, 1], [1, 1, 1], [0, 1, 0], [1, 0, 1]], dtype=bool)
+    # Hits of 2, 2 and 3 guesses: 2, 1 and 2; the positives are 3, 2 and 3.
+    cp, cr = (2 / 2 + 1 / 2 + 2 / 3) / 3, (2 / 3 + 1 / 2 + 2 / 3) / 3
+    got = evaluate(probs, targets, [*"abc"], 0.5)
+    want = {"CP": cp, "CR": cr, "CF1": 2 * cp * cr / (cp + cr), "OP": 5 / 7, "OR": 5 / 8}
+    want["OF1"] = 2 * 5 / (7 + 8)
+    assert {name: got[name] for name in want} == pytest.approx(
+        {name: 100 * value for name, value in want.items()}, rel=1e-12
+    )
+
+
+def test_cf1_is_of_the_means_as_in_the_query2label_table() -> None:
+    """Its row of R101-448: CP 84.8 and CR 74.5 give 79.3; the mean of these F1s would be 73.9."""
+    predicted, targets = np.zeros((125, 2), dtype=bool), np.zeros((125, 2), dtype=bool)
+    predicted[:49, 0], targets[:100, 0] = True, True  # precision 1, recall 0.49
+    predicted[:125, 1], targets[:87, 1] = True, True  # precision 0.696, recall 1
+    got = precision_recall(predicted, targets)
+    assert (got["CP"], got["CR"]) == pytest.approx((84.8, 74.5), rel=1e-12)
+    assert round(got["CF1"], 1) == 79.3
+
+
+def test_top_3_by_hand_with_ties() -> None:
+    probs = np.array(
+        [
+            [0.5, 0.5, 0.5, 0.5, 0.1],  # a, b and c; the tie leaves d out
+            [0.2, 0.9, 0.2, 0.2, 0.8],  # b, e and, of three that tie, a
+            [0.0, 0.0, 0.0, 0.0, 0.0],  # a, b and c, though nothing is above the threshold
+        ]
+    )
+    targets = np.array([[1, 0, 0, 1, 0], [0, 1, 1, 0, 1], [0, 0, 1, 0, 0]], dtype=bool)
+    cp = (1 / 3 + 1 / 3 + 1 / 2 + 0 + 1) / 5  # d is not guessed at all
+    cr = (1 + 1 + 1 / 2 + 0 + 1) / 5
+    want = {"CP": cp, "CR": cr, "CF1": 2 * cp * cr / (cp + cr), "OP": 4 / 9, "OR": 4 / 6}
+    want["OF1"] = 2 * 4 / (9 + 6)
+    got = evaluate(probs, targets, [*"abcde"], 0.5)["top3"]
+    assert got == pytest.approx({name: 100 * value for name, value in want.items()}, rel=1e-12)
+
+
 def test_nothing_predicted_or_nothing_there_is_zero() -> None:
     none, some = np.zeros((4, 3), dtype=bool), np.ones((4, 3), dtype=bool)
     for predicted, targets in ((none, some), (none, none), (some, none)):
