@@ -372,6 +372,7 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     from mlc.configs import load
     from mlc.heads.config import TrainConfig, check_config
     from mlc.heads.fit import fit, prepare, read_inputs
+    from mlc.heads.modules import OF_TOKENS
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_run
 
@@ -381,7 +382,8 @@ def train_head(recipe: str | None, overrides: Sequence[str], **flags: Any) -> No
     prepared = prepare(config, features, table)
     for note in prepared.notes(config.val_labels):
         click.echo(note)
-    unit = "epochs" if config.solver == "adam" else "problems"
+    unit = "steps" if config.head in OF_TOKENS else "epochs"
+    unit = "problems" if config.solver == "lbfgs" else unit
     with progress_bar("train", unit) as progress:
         run = fit(config, features, prepared, progress)
     print_run(run)

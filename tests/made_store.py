@@ -95,6 +95,7 @@ def write_arrays(
     *,
     features: tuple[str, ...] = ("pooled:float32",),
     scales: Mapping[str, NDArray[np.float32]] | None = None,
+    grids: Mapping[str, tuple[int, int]] | None = None,
 ) -> Path:
     """Write a store of feature arrays (N, V, ...), V at most 3, of dtypes as in a key's features.
 
@@ -112,6 +113,7 @@ def write_arrays(
         shard_rows=50,
         made_by=MADE_BY,
         scales=scales or {},
+        grids=grids or {},
     )
     writer = StoreWriter.create_or_resume(path, layout)
     error = np.array(["not an image" if each in bad else "" for each in image_ids])

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_store import IDS, LAYER, WIDTH, features_of, table_of, write, write_arrays
+from made_store import IDS, WIDTH, table_of, write, write_arrays
+from token_runs import BIT_EQUAL, POOLED, TOKENS, same, token_values, trained
 
 from mlc.cli import main
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import save_labels
 from mlc.heads.config import TrainConfig
 from mlc.heads.evaluate import evaluate_on_store
-from mlc.heads.fit import fit, prepare, read_inputs
+from mlc.heads.fit import prepare, read_inputs
 from mlc.heads.inputs import LabelsConfig
 from mlc.heads.metrics import mean_ap
 from mlc.heads.run_folder import FILES, Run
@@ -25,18 +26,7 @@ from mlc.store import schema
 from mlc.store.batches import open_batches
 from mlc.store.reader import FeatureStore, labels_path
 
-POOLED, TOKENS = schema.feature(LAYER, "pooled"), schema.feature(LAYER, "tokens")
-BIT_EQUAL = ("head.safetensors", "metrics.jsonl")
 BAD = IDS[0], IDS[101]  # of the training split and the test split
-
-
-def token_values(views: int = 1, noise: float = 1.0) -> np.ndarray:
-    """Return (N, V, 4, WIDTH): what tells the labels is in one token of each image."""
-    generator = np.random.default_rng(7)
-    values = noise * generator.standard_normal((len(IDS), views, 4, WIDTH))
-    place = generator.integers(4, size=len(IDS))
-    values[np.arange(len(IDS)), :, place] += features_of(table_of())[:, None]
-    return values.astype(np.float32)
 
 
 def written(path: Path, values: np.ndarray, dtype: str = "float32") -> Path:
@@ -62,20 +52,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("tokens") / "views.h5", token_values(views=3))
-
-
-def trained(store: Path, out: Path, **settings: Any) -> Run:
-    given = {"head": "attention-pool", "epochs": 3, "lr": 1e-2, "device": "cpu"} | settings
-    config = TrainConfig(features=store, out=out, **given)
-    features, table = read_inputs(config)
-    return fit(config, features, prepare(config, features, table))
-
-
-def same(one: Run, other: Run) -> bool:
-    """Return whether two runs are the same bit for bit."""
-    files = [(run.path / name).read_bytes() for name in BIT_EQUAL for run in (one, other)]
-    logits = [run.scores()["logits"] for run in (one, other)]
-    return files[0::2] == files[1::2] and np.array_equal(*logits)
 
 
 def logits_by_hand(run: Run, store: Path, view: int) -> np.ndarray:
