@@ -28,21 +28,17 @@ import click
 import memory
 import numpy as np
 import torch
+from memory import DROP_CACHES, back_memory, drop_cache, may_drop_caches
 from plain_stores import PLAIN, TAKES, load_plain, read_plain, write_plain
-from store_case import BATCH, GB, POOL, Case, files_of, make_case, size_of, synced
+from store_case import BATCH, GB, Case, make_case, size_of, synced, write_store
 
-from mlc.configs.free_memory import free_memory
 from mlc.report.console import print_table
 from mlc.store.batches import READ_AHEAD_BYTES, open_batches, shuffled
-from mlc.store.key import FeatureKey
-from mlc.store.layout import Layout
 from mlc.store.reader import FeatureStore
-from mlc.store.writer import StoreWriter
 
 RAW_READ = 8 << 20  # bytes of a sequential read
 TOKENS, SMALL, POOLED = (196, 2048), (49, 1280), (2048,)  # of ResNet-50 at 448 px, lite0 at 224
 COCO = 122_218  # images
-DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 RAW = "raw"
 STORES = {"mlc zarr": "mlc.zarr", "mlc hdf5": "mlc.h5"}
 
@@ -79,9 +75,9 @@ class Contest:
 
 @click.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=".", help="On the disk to time.")
-@click.option("--tokens-gb", default=8.0, help="Of tokens of 0.8 MB an image.")
-@click.option("--small-gb", default=4.0, help="Of tokens of 125 kB an image.")
-@click.option("--images", default=COCO, help="Of which pooled features are loaded.")
+@click.option("--tokens-gb", default=8.0, help="Of tokens of 0.8 MB an image; 0 is none.")
+@click.option("--small-gb", default=4.0, help="Of tokens of 125 kB an image; 0 is none.")
+@click.option("--images", default=COCO, help="Of which pooled features are loaded; or 0.")
 @click.option("--rounds", default=3)
 @click.option("--read-ahead-mb", default=READ_AHEAD_BYTES >> 20, help="Of an epoch off the disk.")
 def main(
@@ -99,10 +95,15 @@ def main(
         require_space(folder, cases)
         ahead = read_ahead_mb << 20
         tokens, small, pooled = cases
-        contests = [*write(tokens, rounds), *epoch(tokens, rounds, ahead)]
-        notes = [peak_record(tokens, name, ahead) for name in STORES]
-        contests += [*written(small, epoch, rounds, ahead), *written(pooled, load, rounds)]
-        notes += [open_record(pooled, name, rounds) for name in STORES]
+        contests, notes = [], []
+        if tokens.images:
+            contests += [*write(tokens, rounds), *epoch(tokens, rounds, ahead)]
+            notes += [peak_record(tokens, name, ahead) for name in STORES]
+        if small.images:
+            contests += written(small, epoch, rounds, ahead)
+        if pooled.images:
+            contests += written(pooled, load, rounds)
+            notes += [open_record(pooled, name, rounds) for name in STORES]
     print(
         f"{os.cpu_count()} cores, {rounds} rounds, medians; page cache dropped by "
         f"{DROP_CACHES if may_drop_caches() else 'posix_fadvise'}; read-ahead {read_ahead_mb} MiB"
@@ -142,16 +143,6 @@ def compare(
             back_memory()
             contest.rates.append(rate(run))
     return contests
-
-
-def back_memory() -> None:
-    """Touch half of what is free, so that it is as fast for one job as for the next.
-
-    The host of a virtual machine takes back memory that is free for some seconds, and to have it
-    again takes as long as to write it to a disk: whoever runs after a large file was removed, or a
-    page cache dropped, would win.
-    """
-    np.ones(free_memory() // 2, np.uint8)
 
 
 def rate(job: Job) -> float:
@@ -200,53 +191,6 @@ def write_raw(case: Case) -> int:
             while left:
                 left = left[file.write(left) :]
     return synced(path)
-
-
-def write_store(case: Case, file: str) -> int:
-    """Write a store as extraction does, batch by batch."""
-    path = case.folder / file
-    hashes, no_error = np.full(case.shard_rows, "0" * 32), np.full(case.shard_rows, "")
-    features = torch.from_numpy(case.pool)
-    writer = StoreWriter.create_or_resume(path, layout(case))
-    with writer.filling():
-        for shard in writer.shards():
-            for start in range(shard.start, shard.stop, BATCH):
-                rows = range(start, min(start + BATCH, shard.stop))
-                batch = features[start % POOL : start % POOL + len(rows)]
-                writer.write(rows, {case.array: batch})
-            writer.mark(shard, hashes[: len(shard)], no_error[: len(shard)])
-    synced(path)
-    return case.images * case.image_bytes
-
-
-def layout(case: Case) -> Layout:
-    """Return what a store of a case holds."""
-    layer, kind = case.array.split("/")
-    key = FeatureKey(
-        backbone="random",
-        weights="0",
-        layers=(layer,),
-        size_px=224,
-        resize="squash",
-        interpolation="bilinear",
-        decode="pillow",
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        precision="float32",
-        engine="torch",
-        views=("orig",),
-        features=(f"{kind}:{case.dtype}",),
-    )
-    rows = np.array([f"{row:012}" for row in range(case.images)])
-    return Layout(
-        key=key,
-        image_id=rows,
-        file=rows,
-        arrays={case.array: case.shape},
-        batch_size=BATCH,
-        shard_rows=case.shard_rows,
-        made_by={},
-    )
 
 
 # Reading
@@ -372,21 +316,6 @@ def note_row(job: str, name: str, note: str) -> dict[str, str]:
 def remove(path: Path) -> None:
     """Remove a file or folder that may be there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def may_drop_caches() -> bool:
-    """Say whether the whole page cache can be dropped, as root can."""
-    return os.access(DROP_CACHES, os.W_OK)
-
-
-def drop_cache(folder: Path, _: str) -> None:
-    """Have the next reads of the files of a folder, all written out, come from the disk."""
-    if may_drop_caches():
-        DROP_CACHES.write_text("1")
-        return
-    for path in files_of(folder):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 if __name__ == "__main__":

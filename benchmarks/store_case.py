@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from mlc.store.layout import shard_rows_for
+from mlc.store.key import FeatureKey
+from mlc.store.layout import Layout, shard_rows_for
+from mlc.store.writer import StoreWriter
 
 GB = 1e9
 BATCH, POOL = 64, 256  # images; a pool of random ones is used again and again
@@ -101,3 +104,50 @@ def synced(path: Path) -> int:
 def files_of(path: Path) -> list[Path]:
     """Return a file, or all files of a folder."""
     return [each for each in (path, *path.rglob("*")) if each.is_file()]
+
+
+def write_store(case: Case, file: str) -> int:
+    """Write a store as extraction does, batch by batch."""
+    path = case.folder / file
+    hashes, no_error = np.full(case.shard_rows, "0" * 32), np.full(case.shard_rows, "")
+    features = torch.from_numpy(case.pool)
+    writer = StoreWriter.create_or_resume(path, layout(case))
+    with writer.filling():
+        for shard in writer.shards():
+            for start in range(shard.start, shard.stop, BATCH):
+                rows = range(start, min(start + BATCH, shard.stop))
+                batch = features[start % POOL : start % POOL + len(rows)]
+                writer.write(rows, {case.array: batch})
+            writer.mark(shard, hashes[: len(shard)], no_error[: len(shard)])
+    synced(path)
+    return case.images * case.image_bytes
+
+
+def layout(case: Case) -> Layout:
+    """Return what a store of a case holds."""
+    layer, kind = case.array.split("/")
+    key = FeatureKey(
+        backbone="random",
+        weights="0",
+        layers=(layer,),
+        size_px=224,
+        resize="squash",
+        interpolation="bilinear",
+        decode="pillow",
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        precision="float32",
+        engine="torch",
+        views=("orig",),
+        features=(f"{kind}:{case.dtype}",),
+    )
+    rows = np.array([f"{row:012}" for row in range(case.images)])
+    return Layout(
+        key=key,
+        image_id=rows,
+        file=rows,
+        arrays={case.array: case.shape},
+        batch_size=BATCH,
+        shard_rows=case.shard_rows,
+        made_by={},
+    )
