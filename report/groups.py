@@ -11,7 +11,7 @@ SEEDS = ("seed", "order_seed", "corruption_seed")
 TUNED = ("lr", "batch_size", "weight_decay")  # chosen by validation, as the papers' grids are
 FULL_BATCH = "lbfgs"  # the solver that has no learning rate and no batches
 NO_USE = (*TUNED, "epochs", "seed", "order_seed")  # to it: an optimum does not depend on them
-PLACES = ("out", "device", "features", "root", "check")
+PLACES = ("out", "device", "features", "root", "check", "checkpoint_minutes")
 FOLLOWS_LOSS = ("knobs", "labels", "solver")
 KEY = "features."  # before the fields of the features' key
 

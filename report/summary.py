@@ -14,7 +14,14 @@ from mlc.report.mlspl_paper import data_set_of, mlspl_note, mlspl_records
 from mlc.report.per_class import class_note, class_records, require_baseline
 from mlc.report.query2label_paper import query2label_note, query2label_records, require_coco
 from mlc.report.table import Report
-from mlc.report.written import PARTIAL, check_table_path, footnote, to_records, write_table
+from mlc.report.written import (
+    PARTIAL,
+    SELECTED_ON_TEST,
+    check_table_path,
+    footnote,
+    to_records,
+    write_table,
+)
 
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
     from mlc.extract.forecast import Forecast
@@ -95,6 +102,8 @@ def print_run(run: Run) -> None:
     print_metrics(results["test"], "test")
     if not results["truth_known"]:
         click.echo(PARTIAL)
+    if results.get("selected_on") == "test":
+        click.echo(SELECTED_ON_TEST)
     click.echo(f"run: {run.path}")
 
 

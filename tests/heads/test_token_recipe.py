@@ -10,6 +10,7 @@ import torch
 from made_store import LAYER, table_of, write_arrays
 from token_runs import POOLED, TOKENS, same, token_values, trained
 
+from mlc.cli import main
 from mlc.configs.errors import MlcError
 from mlc.datasets.labels import save_labels
 from mlc.heads import checkpoint as checkpoints
@@ -22,6 +23,7 @@ from mlc.heads.inputs import LabelsConfig
 from mlc.heads.run_folder import Run
 from mlc.heads.sweep import sweep
 from mlc.heads.token_training import TokenTraining
+from mlc.report.summary import print_run
 from mlc.store.reader import labels_path
 
 SMALL = {"head": "q2l", "ffn_dim": 16, "lr": 3e-3, "batch_size": 20}
@@ -214,13 +216,20 @@ def test_the_scale_of_the_loss_hardly_matters_to_adam(store: Path, tmp_path: Pat
     assert lines(scaled)[0]["loss"] == pytest.approx(lines(plain)[0]["loss"], rel=1e-3)
 
 
-def test_selecting_on_test_trains_on_all_else_and_says_so(store: Path, tmp_path: Path) -> None:
+def test_selecting_on_test_trains_on_all_else_and_says_so(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     held_out = trained(store, tmp_path / "val", **SMALL)
     run = trained(store, tmp_path / "test", **SMALL, select_on="test")
     assert "selected_on" not in held_out.results
     assert run.results["selected_on"] == "test"
     assert (held_out.results["train_images"], run.results["train_images"]) == (70, 100)
     assert run.results["val"]["mAP"] == run.results["test"]["mAP"] == run.results["selection_mAP"]
+    print_run(run)
+    main(["report", str(tmp_path), "--resamples", "100"])
+    assert capsys.readouterr().out.count("Selected on the test images") == 2
+    main(["report", str(held_out.path), "--resamples", "100"])
+    assert "Selected on the test images" not in capsys.readouterr().out
 
 
 def test_dropped_tokens_are_drawn_anew_for_each_image_and_step(store: Path) -> None:
