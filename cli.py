@@ -158,6 +158,7 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 )
 @click.option("--weights", help="A weights file, .safetensors or .pth; or one for each, as x,y.")
 @click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
+@click.option("--backbone-of", type=PATH, help="The backbone of this run, for its head to read.")
 @click.option(
     "--size",
     "size_px",
@@ -180,7 +181,9 @@ def prepare(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.option("--forecast", is_flag=True, default=None, help="Say what it will take, and stop.")
 @click.option("--profile", type=PATH, help="Write a trace of some batches, a .json or .json.gz.")
 @DEVICE
-def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
+def extract(
+    recipe: str | None, overrides: Sequence[str], backbone_of: Path | None, **flags: Any
+) -> None:
     """Stage 1: run frozen backbones over a data set, once, into a store each."""
     from mlc.configs import load_each
     from mlc.extract.config import ALONG, EACH, ExtractConfig
@@ -188,6 +191,11 @@ def extract(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_extractions, print_forecast
 
+    if backbone_of is not None:
+        from mlc.heads.run_folder import read_run
+        from mlc.models.whole import backbone_flags
+
+        flags = backbone_flags(read_run(backbone_of), flags)
     configs = load_each(ExtractConfig, "extract", EACH, ALONG, recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
         done = extract_each(configs, progress, print_forecast)
@@ -437,7 +445,17 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 
 
 @cli.command()
-@click.argument("run", type=PATH)
+@click.argument("run", type=PATH, required=False)
+@click.option("--checkpoint", type=PATH, help="An official Query2Label file instead of a run.")
+@click.option("--config-json", type=PATH, help="The config_new.json beside it, if there is one.")
+@click.option(
+    "--unsafe-checkpoint",
+    is_flag=True,
+    help="Open one that could run any program; if you trust it.",
+)
+@click.option("--signed-scales", is_flag=True, help="Its TResNet was trained without InPlaceABN.")
+@click.option("--classes", callback=names, help="Of its outputs, in order; default COCO's if 80.")
+@click.option("--out", type=PATH, help="The checkpoint's run folder; default runs/ and its name.")
 @DATA
 @click.option("--features", type=PATH, help="A store; default the one it was trained on.")
 @click.option("--eval-views", help="first, or mean: of the logits of all; default the run's.")
@@ -447,26 +465,69 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.option("--split", default="test", help="train, val, test or all; default test.")
 @WEIGHTS
 @DEVICE
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Of CP to OF1; default the run's.")
 @click.option("--json", "json_file", type=PATH, help="Write all metrics to this file.")
 def evaluate(
-    run: Path,
+    run: Path | None,
+    checkpoint: Path | None,
+    config_json: Path | None,
+    unsafe_checkpoint: bool,
+    signed_scales: bool,
+    classes: tuple[str, ...] | None,
+    out: Path | None,
     split: str,
     weights: Path | None,
     device: str | None,
+    threshold: float | None,
     json_file: Path | None,
     **flags: Any,
 ) -> None:
-    """Evaluate a run on a store or, with --data, on images through its backbone."""
+    """Evaluate a run on a store or, with --data, on images through its backbone.
+
+    Or an official checkpoint of Query2Label, which becomes a run folder, on COCO.
+    """
     from mlc.configs.files import written_aside
     from mlc.heads.run_folder import read_run
-    from mlc.models.evaluate import evaluate_run
+    from mlc.models.evaluate import evaluate_checkpoint, evaluate_run
+    from mlc.models.official import ImportOptions
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_bad, print_metrics
 
-    with progress_bar("evaluate", "images") as progress:
-        metrics, bad = evaluate_run(
-            read_run(run), flags, split, weights=weights, device=device, progress=progress
+    if (run is None) == (checkpoint is None):
+        raise MlcError("evaluate: expected a run folder or --checkpoint FILE, one of them")
+    of_checkpoint = (config_json, out, classes, signed_scales or None, unsafe_checkpoint or None)
+    if checkpoint is None and any(each is not None for each in of_checkpoint):
+        raise MlcError(
+            "evaluate: --config-json, --classes, --out, --signed-scales and --unsafe-checkpoint "
+            "are of a --checkpoint; leave them out"
         )
+    if checkpoint is not None and weights is not None:
+        raise MlcError("evaluate: a checkpoint has its own --weights; leave them out")
+    with progress_bar("evaluate", "images") as progress:
+        if checkpoint is not None:
+            options = ImportOptions(config_json, out, classes, signed_scales, unsafe_checkpoint)
+            made, metrics, bad = evaluate_checkpoint(
+                checkpoint,
+                flags,
+                split,
+                options=options,
+                threshold=threshold,
+                device=device,
+                progress=progress,
+            )
+            run = made.path
+        elif run is not None:
+            metrics, bad = evaluate_run(
+                read_run(run),
+                flags,
+                split,
+                weights=weights,
+                threshold=threshold,
+                device=device,
+                progress=progress,
+            )
+    if checkpoint is not None:
+        click.echo(f"run: {run}")
     print_bad(bad)
     print_metrics(metrics, split)
     if json_file is not None:
@@ -501,6 +562,18 @@ def predict(
         written, bad = predict(model, folder, out, classes, progress)
     print_bad(bad)
     click.echo(f"{written:,} images: {out}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--official", type=PATH, required=True, help="The file, in the authors' layout.")
+def export(run: Path, official: Path) -> None:
+    """Write an imported checkpoint back as a file that its authors' code reads."""
+    from mlc.heads.run_folder import read_run
+    from mlc.models.official import write_official
+
+    write_official(read_run(run), official)
+    click.echo(f"checkpoint: {official}")
 
 
 @cli.command()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mlc.configs import Config
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
+from mlc.extract.backbone_file import read_backbone_file
 from mlc.extract.batch_size import fit_batch_size
 from mlc.extract.decoders import choose_decoder
 from mlc.extract.engines import AUTO, IN_LANES, check_name, choose_engine, require_precision
@@ -46,7 +47,8 @@ class BackboneConfig(Config):
         backbone: a timm name, with or without its pretrained tag, ``hf-hub:OWNER/NAME``,
             ``torchvision:NAME``, with or without the name of its weights, or a name of
             ``OWN_MODELS``.
-        weights: a weights file instead of the published ones.
+        weights: a weights file instead of the published ones; of ``write_backbone_file``'s the
+            normalisation too is what the file says.
         weights_licence: of that file, if you know it; recorded in stores and runs.
         random_weights: untrained, for tests; seeded.
         size_px: side of the square input; by default the model's own.
@@ -174,7 +176,7 @@ def load_backbone(config: BackboneConfig, batch_size: int | None = None) -> Back
     kinds = feature_dtypes(config.features)
     check_views(config.views)
     name = resolve_name(config.backbone)
-    network = _build(name, config)
+    network = build_network(name, config)
     reader = LayerReader(network, config.layers, tuple(kinds))
     key = _feature_key(network, config, reader, precision)
     module = network.module.eval().requires_grad_(False)
@@ -220,12 +222,23 @@ def resolve_precision(precision: Precision, device: torch.device) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def _build(name: str, config: BackboneConfig) -> Network:
-    weights = Weights(config.weights, config.random_weights)
+def build_network(name: str, config: BackboneConfig) -> Network:
+    """Build the model of a full name with its weights, its classifier taken off, on the CPU.
+
+    Raises:
+        MlcError: the weights cannot be had or do not fit, or it cannot take images of this size.
+    """
+    ours = None if config.weights is None else read_backbone_file(config.weights)
+    if ours is None or config.random_weights:
+        return _build(name, Weights(config.weights, config.random_weights), config.size_px)
+    return ours.fill(_build(name, Weights(random=True), config.size_px))
+
+
+def _build(name: str, weights: Weights, size_px: int | None) -> Network:
     if name in OWN_MODELS:
-        return own_network(name, weights, config.size_px)
+        return own_network(name, weights, size_px)
     build = torchvision_network if name.startswith(TORCHVISION) else timm_network
-    return build(name, weights, config.size_px)
+    return build(name, weights, size_px)
 
 
 def _feature_key(

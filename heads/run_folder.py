@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from mlc.configs import dump, load
 from mlc.configs.errors import MlcError, choose
+from mlc.configs.files import written_aside
 from mlc.heads.config import TrainConfig
 from mlc.heads.head_size import HeadSize
 from mlc.heads.modules import HEADS, make_head
@@ -25,6 +27,13 @@ SCORES, RESULTS = "scores.npz", "results.json"
 FILES = {CONFIG, HEAD, METRICS, SCORES, RESULTS}
 SCORE_ARRAYS = ("image_id", "logits", "true", "observed")
 NEEDED = {"classes", "features", "val", "test", "selection_mAP"}  # of results.json
+# A checkpoint that was imported has never been trained here, and brings its backbone. Its scores,
+# and ``test`` in its results, are there once it has been evaluated.
+OFFICIAL = "official"  # of results.json: its name, or null; no other run has this
+BACKBONE = "backbone.safetensors"
+IMPORTED_FILES = {CONFIG, HEAD, BACKBONE, RESULTS}
+IMPORTED_NEEDED = {"classes", "features", OFFICIAL}
+NOT_SELECTED = {"selection_mAP": float("nan"), "labels_digest": "", "truth_known": True}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Run:
     Attributes:
         path: the folder.
         config: its ``config.yaml``.
-        results: its ``results.json``.
+        results: its ``results.json``; of an imported checkpoint with ``NOT_SELECTED``.
     """
 
     path: Path
@@ -46,8 +55,22 @@ class Run:
         """Return the class names, in the order of the head's outputs."""
         return tuple(self.results["classes"])
 
+    @property
+    def is_imported(self) -> bool:
+        """Return whether it is a checkpoint that was trained elsewhere."""
+        return OFFICIAL in self.results
+
     def scores(self) -> dict[str, NDArray[Any]]:
-        """Return ``image_id``, ``logits``, ``true`` and ``observed`` of the test split."""
+        """Return ``image_id``, ``logits``, ``true`` and ``observed`` of the test split.
+
+        Raises:
+            MlcError: they are damaged, or those of a checkpoint that was never evaluated.
+        """
+        if self.is_imported and not (self.path / SCORES).is_file():
+            raise MlcError(
+                f"{self.path}: an imported checkpoint that has no scores yet; mlc evaluate "
+                "on the test images of a data set makes them"
+            )
         try:
             with np.load(self.path / SCORES, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in SCORE_ARRAYS}
@@ -77,7 +100,8 @@ def require_free(path: Path) -> None:
     """Raise an MlcError if something that is no run folder is where a run is to be written."""
     if not path.exists():
         return
-    if not path.is_dir() or {each.name for each in path.iterdir()} != FILES:
+    names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    if names not in (FILES, IMPORTED_FILES, IMPORTED_FILES | {SCORES}):
         raise MlcError(f"{path}: is there and is not a run folder; name another with --out")
 
 
@@ -94,24 +118,54 @@ def write_run(
     Raises:
         MlcError: see ``require_free``.
     """
+    with folder_aside(path) as partial:
+        (partial / CONFIG).write_text(dump(config))
+        # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
+        safetensors.torch.save_file(
+            {name: each.clone() for name, each in state.items()}, partial / HEAD
+        )
+        (partial / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
+        np.savez_compressed(partial / SCORES, allow_pickle=False, **dict(scores))
+        (partial / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which takes the place of the run folder if the block succeeds.
+
+    Raises:
+        MlcError: see ``require_free``.
+    """
     require_free(path)
     path = path.absolute()
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / CONFIG).write_text(dump(config))
-    # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
-    safetensors.torch.save_file(
-        {name: each.clone() for name, each in state.items()}, partial / HEAD
-    )
-    (partial / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
-    np.savez_compressed(partial / SCORES, allow_pickle=False, **dict(scores))
-    (partial / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
+    try:
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def record_test(run: Run, results: Mapping[str, Any], scores: Mapping[str, NDArray[Any]]) -> Run:
+    """Add to an imported checkpoint what an evaluation found, and return it read again.
+
+    Args:
+        run: whose folder it goes into.
+        results: fields of ``results.json``, ``test`` among them.
+        scores: as ``Run.scores`` returns them.
+    """
+    with written_aside(run.path / SCORES) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **dict(scores))
+    content = _read_results(run.path) | dict(results)
+    with written_aside(run.path / RESULTS) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+    return read_run(run.path)
 
 
 def read_run(path: Path) -> Run:
@@ -120,18 +174,31 @@ def read_run(path: Path) -> Run:
     Raises:
         MlcError: it is not there, or not whole.
     """
-    missing = sorted(name for name in FILES if not (path / name).is_file())
-    if RESULTS in missing:
+    if not (path / RESULTS).is_file():
         raise MlcError(f"{path}: not a run folder; mlc train-head makes one")
+    results = _read_results(path)
+    imported = OFFICIAL in results
+    missing = sorted(
+        name for name in (IMPORTED_FILES if imported else FILES) if not (path / name).is_file()
+    )
     if missing:
         raise _damaged(path, ", ".join(missing), "missing")
+    needed = IMPORTED_NEEDED if imported else NEEDED
+    if not results.keys() >= needed:
+        raise _damaged(path, RESULTS, f"expected at least {', '.join(sorted(needed))}")
+    if imported:
+        results = NOT_SELECTED | results
+    return Run(path, load(TrainConfig, "train-head", str(path / CONFIG)), results)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads((path / RESULTS).read_text())
     except ValueError as error:
         raise _damaged(path, RESULTS, error) from None
-    if not isinstance(results, dict) or not results.keys() >= NEEDED:
-        raise _damaged(path, RESULTS, f"expected at least {', '.join(sorted(NEEDED))}")
-    return Run(path, load(TrainConfig, "train-head", str(path / CONFIG)), results)
+    if not isinstance(results, dict):
+        raise _damaged(path, RESULTS, f"expected fields, got {type(results).__name__}")
+    return results
 
 
 def _damaged(path: Path, name: str, error: object) -> MlcError:

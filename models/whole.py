@@ -1,9 +1,10 @@
 """WholeModel: the backbone that made a run's features, and the run's head on top of it."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from mlc.heads.inputs import mean_of_views
 from mlc.heads.modules import HEADS
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities
-from mlc.store.key import current_key, require_same_key
+from mlc.store.key import current_key, feature_dtypes, require_same_key
 from mlc.store.schema import feature
+
+OF_THE_MACHINE = ("device", "precision", "engine")  # of a backbone's config
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,9 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     Raises:
         MlcError: the backbone cannot be had, or is not the same any more.
     """
-    made = run.results["features"]
-    if made["backbone_config"] is None:
-        raise MlcError(
-            f"{run.path}: was trained on imported features, and no backbone here makes the same "
-            "of images; train on a store of mlc extract to use a run on images"
-        )
-    stored = current_key(made["key"])
+    settings = _backbone_settings(run)
+    stored = current_key(run.results["features"]["key"])
     on_gpu = choose_device(device).type == "cuda"
-    settings = dict(made["backbone_config"])
     settings |= {
         "device": device,
         "precision": stored["precision"] if on_gpu else "float32",
@@ -116,6 +113,45 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     )
     require_same_key(run.path, stored, asked)
     return WholeModel(run, backbone, run.head().to(backbone.device))
+
+
+def backbone_flags(run: Run, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags of an extraction that has a run's backbone make what its head reads.
+
+    Args:
+        run: any run whose features a backbone here made, an imported checkpoint too.
+        flags: as given; they win, but for those that say which backbone it is.
+
+    Raises:
+        MlcError: it was trained on imported features, or a flag names another backbone.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in ("backbone", "weights", "random_weights"):
+        if given.get(name):
+            raise MlcError(f"{name}: got {given[name]} beside the backbone of {run.path}; pass one")
+    settings = _backbone_settings(run)
+    stored = current_key(run.results["features"]["key"])
+    kind = choose(HEADS, run.config.head, "head").reads
+    own = {name: settings[name] for name in settings if name not in OF_THE_MACHINE}
+    own |= {
+        "layers": (run.config.layer or stored["layers"][0],),
+        "features": (f"{kind}:{feature_dtypes(stored['features'])[kind]}",),
+    }
+    return own | given
+
+
+def _backbone_settings(run: Run) -> dict[str, Any]:
+    """Return the config of a run's backbone, its weights file where it is now."""
+    settings: dict[str, Any] | None = run.results["features"]["backbone_config"]
+    if settings is None:
+        raise MlcError(
+            f"{run.path}: was trained on imported features, and no backbone here makes the same "
+            "of images; train on a store of mlc extract to use a run on images"
+        )
+    if settings.get("weights") is None:
+        return dict(settings)
+    # What an imported checkpoint brought along lies in its folder, wherever that is.
+    return settings | {"weights": str(run.path.resolve() / settings["weights"])}
 
 
 def predict(
