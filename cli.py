@@ -492,6 +492,7 @@ def evaluate(
     from mlc.models.official import ImportOptions
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_bad, print_metrics
+    from mlc.report.written import SELECTED_ON_TEST
 
     if (run is None) == (checkpoint is None):
         raise MlcError("evaluate: expected a run folder or --checkpoint FILE, one of them")
@@ -530,6 +531,8 @@ def evaluate(
         click.echo(f"run: {run}")
     print_bad(bad)
     print_metrics(metrics, split)
+    if run is not None and read_run(run).results.get("selected_on") == "test":
+        click.echo(SELECTED_ON_TEST)
     if json_file is not None:
         with written_aside(json_file) as partial_file:
             partial_file.write_text(json.dumps(metrics, indent=1) + "\n")
@@ -580,19 +583,19 @@ def export(run: Path, official: Path) -> None:
 @click.argument("run", type=PATH)
 @click.option("--images", type=PATH, help="Draw maps over the photos below this folder.")
 @click.option("--out", type=PATH, help="Folder of the pictures; default attention.")
-@click.option("--top", type=click.IntRange(1), default=3, help="Labels a photo; default 3.")
+@click.option("--top", type=click.IntRange(1), help="Labels a photo; default 3.")
 @click.option("--classes", callback=names, help="Draw these labels, whatever is likely.")
 @DATA
-@click.option("--split", default="test", help="train, val, test or all; default test.")
+@click.option("--split", help="train, val, test or all; default test.")
 @WEIGHTS
 @DEVICE
 def attention(
     run: Path,
     images: Path | None,
     out: Path | None,
-    top: int,
+    top: int | None,
     classes: tuple[str, ...] | None,
-    split: str,
+    split: str | None,
     weights: Path | None,
     device: str | None,
     **flags: Any,
@@ -608,16 +611,22 @@ def attention(
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_bad
 
+    if images is None and (out, top, classes) != (None, None, None):
+        raise MlcError("attention: --out, --top and --classes are of pictures; pass --images too")
+    if images is not None and split is not None:
+        raise MlcError("attention: got --images, all of which are drawn, and --split; pass one")
     model = load_whole(read_run(run), weights, device or "auto")
     data_config = load(DataConfig, "attention", flags=flags)
     with progress_bar("look", "images") as progress:
         if images is None:
-            pointing, bad = point_on_images(model, data_config, split, progress)
+            pointing, bad = point_on_images(model, data_config, split or "test", progress)
         else:
             known = any(value is not None for value in flags.values())
             boxes = boxes_below(data_config, images) if known else None
             folder = out or Path("attention")
-            written, bad = write_attention(model, images, folder, classes, top, boxes, progress)
+            written, bad = write_attention(
+                model, images, folder, classes, top or 3, boxes, progress
+            )
     print_bad(bad)
     if images is None:
         print_pointing(pointing)

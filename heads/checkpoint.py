@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from mlc.configs.errors import MlcError
 from mlc.configs.files import written_aside
 from mlc.heads.config import TrainConfig
 from mlc.heads.inputs import Split
 
-VERSION = 1
+VERSION = 2
+EPOCH_SECONDS = 30.0  # at least, between two states after epochs
 PLACES = {"out", "device", "features", "root", "labels_file", "check", "checkpoint_minutes"}
 
 
@@ -42,17 +44,29 @@ class Checkpoint:
         same = isinstance(saved, dict) and saved.get("of") == self._of
         return saved["state"] if same else None
 
-    def due(self) -> bool:
+    def due(self, *, epoch_ended: bool) -> bool:
         """Return whether it is time to save."""
-        return self._path is not None and time.monotonic() - self._written > self._seconds
+        least = min(self._seconds, EPOCH_SECONDS) if epoch_ended else self._seconds
+        return self._path is not None and time.monotonic() - self._written > least
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write a state aside and rename it."""
+        """Write a state aside and rename it.
+
+        Raises:
+            MlcError: it cannot be written: the disk is full.
+        """
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(self._path) as partial:
-            torch.save({"of": self._of, "state": state}, partial)
+        try:
+            with written_aside(self._path) as partial:
+                torch.save({"of": self._of, "state": state}, partial)
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+            raise MlcError(
+                f"{self._path}: the state of the training cannot be written "
+                f"({str(error).splitlines()[0]}); free space, the same command goes on from the "
+                "last one that was"
+            ) from None
         self._written = time.monotonic()
 
 

@@ -20,6 +20,9 @@ from mlc.heads.modules import DECODERS, HEADS, OF_TOKENS
 from mlc.heads.recipe import RecipeConfig, check_recipe
 from mlc.store.schema import TOKENS
 
+# Fields of DecoderConfig that ML-Decoder has no use for.
+OF_QUERY2LABEL = ("encoder_layers", "decoder_layers", "self_attention", "input_projection")
+
 
 class ProtocolConfig(LabelsConfig, DecoderConfig, RecipeConfig):
     """What the heads of a sweep have in common.
@@ -122,8 +125,10 @@ def _check_of_use(config: TrainConfig) -> None:
     for fields, heads, what in (
         (DecoderConfig.model_fields, DECODERS, "heads that attend"),
         (RecipeConfig.model_fields, OF_TOKENS, "heads of tokens"),
+        (OF_QUERY2LABEL, ("q2l",), "Query2Label"),
+        (("query_groups",), ("ml-decoder",), "ML-Decoder"),
     ):
-        given = config.model_dump(exclude_defaults=True).keys() & fields.keys()
+        given = config.model_dump(exclude_defaults=True).keys() & set(fields)
         if given and config.head not in heads:
             raise MlcError(
                 f"{min(given)}: is of {what} ({', '.join(heads)}), got the head {config.head}; "

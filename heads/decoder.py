@@ -42,6 +42,9 @@ class DecoderConfig(Config):
         return self.self_attention in ("all", "first" if layer == 0 else "others")
 
 
+MOST_LAYERS = 100
+
+
 def check_decoder(config: DecoderConfig) -> None:
     """Raise an MlcError for sizes that no head can have."""
     for name in ("hidden_dim", "ffn_dim", "attention_heads", "decoder_layers", "query_groups"):
@@ -50,6 +53,9 @@ def check_decoder(config: DecoderConfig) -> None:
             raise MlcError(f"{name}: should be at least 1, got {value}")
     if config.encoder_layers < 0:
         raise MlcError(f"encoder_layers: should be at least 0, got {config.encoder_layers}")
+    for name in ("encoder_layers", "decoder_layers"):
+        if getattr(config, name) > MOST_LAYERS:
+            raise MlcError(f"{name}: should be at most {MOST_LAYERS}, got {getattr(config, name)}")
     if not 0 <= config.dropout < 1:
         raise MlcError(f"dropout: should be at least 0 and below 1, got {config.dropout}")
 

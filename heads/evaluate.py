@@ -105,6 +105,14 @@ def labels_of_run(run: Run, table: LabelTable, split: str) -> LabelTable:
     table = select_classes(table, run.classes)
     if split == ALL:
         return replace(table, split=np.full(len(table), ALL))
+    if run.config.select_on == "test":
+        if split == "val":
+            raise MlcError(
+                f"split: {run.path} was trained on the images of val too, and selected on those of "
+                "test; pass train or test"
+            )
+        table = assign_splits(table, run.config.split_seed, needed=())
+        return replace(table, split=np.where(table.split == "test", "test", "train"))
     return assign_splits(table, run.config.split_seed, needed=(split,))
 
 

@@ -30,7 +30,7 @@ from mlc.heads.metrics import evaluate
 from mlc.heads.modules import AFFINE, DECODERS, HEADS
 from mlc.heads.run_folder import Run, read_run, require_free, write_run
 from mlc.heads.train import probabilities, train_head
-from mlc.heads.trained import TrainedHead, selection_targets
+from mlc.heads.trained import Diverged, TrainedHead, selection_targets
 from mlc.heads.training_labels import check_labels, label_gaps
 
 NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
@@ -158,10 +158,21 @@ def fit(
 
     Raises:
         MlcError: see ``check_labels``, ``resolve``, ``train_head`` and ``write_run``.
+        KeyboardInterrupt: of a head of tokens with a message that says what is kept.
     """
     check_labels(config.loss, prepared.splits["train"].observed.cpu().numpy())
     resolved = resolve(config, features, prepared)
-    run = keep(resolved, train_head(resolved, prepared.splits, progress), features, prepared)
+    try:
+        run = keep(resolved, train_head(resolved, prepared.splits, progress), features, prepared)
+    except KeyboardInterrupt:
+        if prepared.splits["train"].tokens is None:
+            raise
+        raise KeyboardInterrupt(
+            f"{resolved.out}: stopped; the same command goes on from the last state that was saved"
+        ) from None
+    except Diverged:
+        discard_checkpoint([resolved])
+        raise
     discard_checkpoint([resolved])
     return run
 

@@ -17,7 +17,10 @@ def order_generators(order_seed: int) -> tuple[torch.Generator, torch.Generator]
 
 def stream_seed(*numbers: int) -> int:
     """Return a seed of torch's for some numbers, as a seed, a step and a part of it."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    # With their count, as numpy takes (7,) and (7, 0) for the same.
+    return int(
+        np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 def batches_of_epoch(images: int, batch_size: int, order: torch.Generator) -> Tensor:

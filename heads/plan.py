@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mlc.configs.errors import MlcError
 from mlc.heads.block import bytes_of_cells, bytes_of_head
 from mlc.heads.config import TrainConfig
 from mlc.heads.full_batch import MAX_BYTES, STRENGTHS
@@ -135,6 +136,17 @@ def memory_bytes(device: torch.device) -> int:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, int(text))
     return int(total * MEMORY_SHARE)
+
+
+def require_memory(configs: Sequence[TrainConfig], size: HeadSize, device: torch.device) -> None:
+    """Raise an MlcError if heads of tokens take more memory than there is."""
+    taken = sum(_token_bytes(config, size) for config in configs)
+    total = memory_bytes(device) / MEMORY_SHARE
+    if taken > total:
+        raise MlcError(
+            f"head: {len(configs)} of {configs[0].head} take {taken / 1e9:,.1f} GB of memory to "
+            f"train, of {total / 1e9:,.1f} GB; pass a smaller --hidden-dim"
+        )
 
 
 def _groups(configs: Sequence[TrainConfig], fields: Collection[str]) -> list[list[TrainConfig]]:

@@ -24,11 +24,12 @@ class RecipeConfig(Config):
             are added. By default all.
         precision: "float32", or "bfloat16" where it is safe (autocast), on GPUs alone.
         token_dropout: share of an image's tokens that a step leaves out, drawn from ``order_seed``.
-        patience: stop when so many epochs are no better than the best before; by default never.
+        patience: stop when more epochs than this are no better than the best before; by default
+            never.
         select_on: the split whose mAP selects the epoch: "val", or "test" as Query2Label's authors
             do, with all other images to train on; such a result is too good, and says so.
         checkpoint_minutes: between two states on the disk, from which the same command goes on; one
-            more is written after each epoch.
+            more is written after an epoch, if half a minute has gone by.
     """
 
     optimiser: Literal["adamw", "adam-l2"] = "adamw"

@@ -72,6 +72,9 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
             f"{config.out}: stopped, {sum(map(_is_there, work.configs))} of {len(work.configs)} "
             "heads are kept; the same command goes on from there"
         ) from None
+    for each in work.configs:
+        if _is_there(each):
+            discard_checkpoint([each])  # of a pass with others, that was stopped before it ended
     if work.diverged:
         raise _diverged(config.out, work)
     runs = [read_run(each.out) for each in work.configs if each.out]

@@ -16,6 +16,7 @@ from mlc.heads.config import TrainConfig
 from mlc.heads.head_size import HeadSize
 from mlc.heads.inputs import EvalViews, Split, mean_of_views
 from mlc.heads.order import batches_of_epoch, order_generators, stream_seed
+from mlc.heads.plan import require_memory
 from mlc.heads.token_training import Part, TokenTraining
 from mlc.heads.tokens import Scorer, TokenReader, Tokens
 from mlc.heads.trained import Diverged, TrainedHead, selection_targets
@@ -63,7 +64,7 @@ def train_tokens(
         For each config its head, or that its scores are not finite.
 
     Raises:
-        MlcError: stored features are damaged.
+        MlcError: stored features are damaged, or the heads take more memory than there is.
     """
     config, train = configs[0], splits["train"]
     if train.features.device.type == "cpu":
@@ -73,6 +74,7 @@ def train_tokens(
     epoch_steps = max(1, len(train.image_id) // config.batch_size)
     steps = config.epochs * epoch_steps
     size = HeadSize(tokens["train"].width, train.observed.shape[1], tokens["train"].grid)
+    require_memory(configs, size, train.features.device)
     heads = [TokenTraining(each, size, train.features.device, steps) for each in configs]
     checkpoint = Checkpoint(configs, splits)
     done = _restore(checkpoint, heads)
@@ -88,7 +90,7 @@ def train_tokens(
                 head.step(batch.number)
             if batch.last:
                 _end_epoch(active, splits["val"], tokens["val"], reader, config, epoch_steps)
-            if batch.last or checkpoint.due():
+            if checkpoint.due(epoch_ended=batch.last):
                 checkpoint.save(_state(heads, batch.number + 1))
             progress(batch.number + 1, steps, _note(heads, batch.epoch))
             if all(head.ended for head in heads):

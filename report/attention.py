@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mlc.configs.errors import MlcError
 from mlc.configs.files import written_aside
 from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import find_images
@@ -57,6 +58,8 @@ def write_attention(
     Raises:
         MlcError: no images there, an unknown class, or see ``attention_maps``.
     """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise MlcError(f"out: {out} is within {folder}, whose photos are drawn; name another")
     columns = None if labels is None else class_columns(model.run.classes, labels)
     files = find_images(folder)
     bad: dict[str, str] = {}

@@ -96,7 +96,7 @@ def names_of(groups: Sequence[Group]) -> list[dict[str, str]]:
     varied = [name for name in fields if _varies(name, settings)]
     return [
         {"loss": json.loads(each["loss"])}
-        | {name: each.get(name, "").strip('"') for name in varied}
+        | {name: each.get(name, "").strip('"').replace("null", "") for name in varied}
         for each in settings
     ]
 

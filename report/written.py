@@ -58,14 +58,22 @@ def footnote(report: Report) -> str:
     lines += _about_seeds(report.rows)
     if not report.truth_known:
         lines.append(PARTIAL)
-    if any("selected_on" in run.results for row in report.rows for run in row.runs):
-        lines.append(SELECTED_ON_TEST)
+    lines += _about_selection(report.rows)
     best = report.rows[0]
     if len(report.rows) > 1:
         lines.append(_against_best(best, report.rows[1:]))
     if report.baseline is not None and report.baseline is not best:
         lines.append(_against_baseline(report.baseline, report.rows))
     return "\n".join(lines)
+
+
+def _about_selection(rows: Sequence[Row]) -> list[str]:
+    """Say which rows were selected on what they are tested on."""
+    chosen = [row for row in rows if any("selected_on" in run.results for run in row.runs)]
+    if not chosen:
+        return []
+    which = "" if len(chosen) == len(rows) else f" These are: {_list([r.title for r in chosen])}."
+    return [f"{SELECTED_ON_TEST}{which}"]
 
 
 def _about_seeds(rows: Sequence[Row]) -> list[str]:

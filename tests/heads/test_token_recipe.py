@@ -20,6 +20,7 @@ from mlc.heads.evaluate import evaluate_on_store
 from mlc.heads.fit import fit, prepare, read_inputs
 from mlc.heads.grid import SweepConfig
 from mlc.heads.inputs import LabelsConfig
+from mlc.heads.order import stream_seed
 from mlc.heads.run_folder import Run
 from mlc.heads.sweep import sweep
 from mlc.heads.token_training import TokenTraining
@@ -120,7 +121,7 @@ def test_what_was_killed_goes_on_to_the_same_numbers(
 def test_a_state_of_another_training_is_not_gone_on_from(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**RECIPE, "epochs": 2}
+    settings = {**RECIPE, "epochs": 2, "checkpoint_minutes": 1e-9}
     monkeypatch.setattr("mlc.heads.fit.discard_checkpoint", lambda configs: None)
     trained(store, tmp_path / "run", **{**settings, "lr": 1e-2})
     state = checkpoints.checkpoint_path([TrainConfig(out=tmp_path / "run")])
@@ -225,9 +226,14 @@ def test_selecting_on_test_trains_on_all_else_and_says_so(
     assert run.results["selected_on"] == "test"
     assert (held_out.results["train_images"], run.results["train_images"]) == (70, 100)
     assert run.results["val"]["mAP"] == run.results["test"]["mAP"] == run.results["selection_mAP"]
+    for split in ("train", "test"):
+        evaluate_on_store(run, LabelsConfig(), split, device="cpu")
+    with pytest.raises(MlcError, match="was trained on the images of val too"):
+        evaluate_on_store(run, LabelsConfig(), "val", device="cpu")
     print_run(run)
+    main(["evaluate", str(run.path)])
     main(["report", str(tmp_path), "--resamples", "100"])
-    assert capsys.readouterr().out.count("Selected on the test images") == 2
+    assert capsys.readouterr().out.count("Selected on the test images") == 3
     main(["report", str(held_out.path), "--resamples", "100"])
     assert "Selected on the test images" not in capsys.readouterr().out
 
@@ -265,6 +271,9 @@ def test_dropped_tokens_are_drawn_anew_for_each_image_and_step(store: Path) -> N
         ({"head": "q2l", "token_dropout": 1.0}, "token_dropout: should be at least 0 and below 1"),
         ({"head": "q2l", "dropout": 1.0}, "dropout: should be at least 0 and below 1, got 1.0"),
         ({"head": "q2l", "decoder_layers": 0}, "decoder_layers: should be at least 1, got 0"),
+        ({"head": "q2l", "encoder_layers": 101}, "encoder_layers: should be at most 100, got 101"),
+        ({"head": "ml-decoder", "encoder_layers": 3}, r"encoder_layers: is of Query2Label \(q2l\)"),
+        ({"head": "q2l", "query_groups": 3}, r"query_groups: is of ML-Decoder \(ml-decoder\)"),
         ({"head": "q2l", "patience": 0}, "patience: should be at least 1, got 0"),
         ({"head": "q2l", "loss_scale": 0.0}, "loss_scale: should be a positive number, got 0.0"),
     ],
@@ -272,3 +281,32 @@ def test_dropped_tokens_are_drawn_anew_for_each_image_and_step(store: Path) -> N
 def test_what_cannot_be_is_refused_before_any_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(MlcError, match=message):
         check_config(TrainConfig(**settings, device="cpu"))
+
+
+def test_heads_that_no_memory_holds_are_refused(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(MlcError, match=r"head: 1 of q2l take [\d,.]+ GB of memory to train, of"):
+        trained(store, tmp_path / "run", **{**SMALL, "hidden_dim": 4_000_000})
+
+
+def test_a_head_that_diverged_leaves_nothing(store: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "lr": 3e37, "epochs": 3, "checkpoint_minutes": 1e-9}
+    with pytest.raises(MlcError, match="training diverged"):
+        trained(store, tmp_path / "run", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_training_says_that_it_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TokenTraining, "step", stop)
+    with pytest.raises(KeyboardInterrupt, match="run: stopped; the same command goes on"):
+        trained(store, tmp_path / "run", **SMALL)
+
+
+def test_streams_of_random_numbers_are_apart() -> None:
+    seeds = [stream_seed(*each) for each in ((0,), (0, 0), (0, 0, 0), (7,), (0, 7), (0, 7, 0))]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= each < 2**63 for each in seeds)

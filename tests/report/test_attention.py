@@ -7,6 +7,7 @@ import pytest
 from colour_model import colour_backbone, model_of, write_photo
 from PIL import Image, ImageFont
 
+from mlc.cli import main
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import Backbone
 from mlc.report.attention import (
@@ -155,6 +156,23 @@ def test_labels_are_the_most_probable_or_those_that_are_asked_for(
     assert shown_peaks(tmp_path / "asked" / "a.png.png", 1) == [(3, 0)]
     with pytest.raises(MlcError, match="unknown class 'zebra'"):
         write_attention(model, folder, tmp_path / "none", ["zebra"])
+
+
+@pytest.mark.parametrize("below", ["", "maps", "deep/maps"])
+def test_pictures_do_not_go_among_the_photos(backbone: Backbone, folder: Path, below: str) -> None:
+    with pytest.raises(MlcError, match="is within .*photos, whose photos are drawn"):
+        write_attention(model_of(backbone), folder, folder / below)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--top", "2"], ["--out", "maps"], ["--images", "photos", "--split", "all"]]
+)
+def test_flags_that_do_not_go_together_are_refused(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["attention", "run", *flags])
+    assert "error: attention: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("view", ["orig", "flip", "top-left"])
