@@ -160,7 +160,7 @@ def test_labels_are_the_most_probable_or_those_that_are_asked_for(
 
 @pytest.mark.parametrize("below", ["", "maps", "deep/maps"])
 def test_pictures_do_not_go_among_the_photos(backbone: Backbone, folder: Path, below: str) -> None:
-    with pytest.raises(MlcError, match="is within .*photos, whose photos are drawn"):
+    with pytest.raises(MlcError, match=r"is within .*photos, whose photos are drawn"):
         write_attention(model_of(backbone), folder, folder / below)
 
 
