@@ -11,12 +11,11 @@ import torch
 
 from mlc.configs.errors import MlcError
 from mlc.configs.files import written_aside
-from mlc.heads.config import TrainConfig
+from mlc.heads.config import NOT_SETTINGS, TrainConfig
 from mlc.heads.inputs import Split
 
 VERSION = 2
 EPOCH_SECONDS = 30.0  # at least, between two states after epochs
-PLACES = {"out", "device", "features", "root", "labels_file", "check", "checkpoint_minutes"}
 
 
 class Checkpoint:
@@ -84,7 +83,7 @@ def discard_checkpoint(configs: Sequence[TrainConfig]) -> None:
 
 
 def _fingerprint(configs: Sequence[TrainConfig], splits: Mapping[str, Split]) -> str:
-    settings = [each.model_dump(mode="json", exclude=PLACES) for each in configs]
+    settings = [each.model_dump(mode="json", exclude=NOT_SETTINGS) for each in configs]
     digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
     for name, split in sorted(splits.items()):
         tokens = split.of_tokens()

@@ -20,6 +20,16 @@ from mlc.heads.modules import DECODERS, HEADS, OF_TOKENS
 from mlc.heads.recipe import RecipeConfig, check_recipe
 from mlc.store.schema import TOKENS
 
+# Places and switches, not settings: a run is the same run with others.
+NOT_SETTINGS = {
+    "out",
+    "device",
+    "features",
+    "root",
+    "labels_file",
+    "check",
+    "checkpoint_minutes",
+}
 # Fields of DecoderConfig that ML-Decoder has no use for.
 OF_QUERY2LABEL = ("encoder_layers", "decoder_layers", "self_attention", "input_projection")
 

@@ -17,6 +17,7 @@ from mlc.datasets.protocol import apply_protocol
 from mlc.datasets.source import absolute_data
 from mlc.heads.checkpoint import discard_checkpoint
 from mlc.heads.config import (
+    NOT_SETTINGS,
     ProtocolConfig,
     TrainConfig,
     check_config,
@@ -34,16 +35,6 @@ from mlc.heads.trained import Diverged, TrainedHead, selection_targets
 from mlc.heads.training_labels import check_labels, label_gaps
 
 NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
-# Places and a switch, not settings.
-NOT_IN_NAME = {
-    "out",
-    "device",
-    "features",
-    "root",
-    "labels_file",
-    "check",
-    "checkpoint_minutes",
-}
 
 
 @dataclass(frozen=True)
@@ -213,7 +204,7 @@ def run_path(
     unused = NOT_OF_OPTIMUM if config.solver == "lbfgs" else set()
     if config.layer in features.key.get("layers", ())[:1]:  # that of who names none
         unused = unused | {"layer"}
-    settings = config.model_dump(mode="json", exclude=NOT_IN_NAME | unused, exclude_defaults=True)
+    settings = config.model_dump(mode="json", exclude=NOT_SETTINGS | unused, exclude_defaults=True)
     text = json.dumps([settings, dict(features.key), features.digest, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     if config.solver == "lbfgs":

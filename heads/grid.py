@@ -51,7 +51,7 @@ def grid_of(config: SweepConfig) -> list[TrainConfig]:
         raise MlcError(f"losses: 'all' stands alone, got {', '.join(losses)}")
     for name in ("losses", "solvers", "batch_size", "hidden_dim", "lr", "weight_decay", "seeds"):
         values = getattr(config, name)
-        if name == "hidden_dim" and values is None:
+        if values is None:  # hidden_dim: the head's own
             continue
         if not values:
             raise MlcError(f"{name}: is empty; give at least one")
