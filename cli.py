@@ -445,6 +445,65 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 
 
 @cli.command()
+@CONFIG
+@DATA
+@click.option("--end-to-end", is_flag=True, help="Yes: images are read anew in every epoch.")
+@click.option("--init", type=PATH, help="Start from this run: its backbone, head and labels.")
+@click.option("--resume", type=PATH, help="Go on with the training that is to write this run.")
+@click.option("--backbone", help="A timm model, torchvision:NAME or cvt_w24; default resnet50.")
+@WEIGHTS
+@click.option("--random-weights", is_flag=True, default=None, help="Untrained, for tests.")
+@click.option("--size", "size_px", type=int, help="Side of the input; default the model's.")
+@click.option("--head", help="linear, normalised-linear, attention-pool, q2l or ml-decoder.")
+@click.option("--hidden-dim", type=int, help="Width of q2l and ml-decoder; default their papers'.")
+@click.option("--loss", help="bce, an, role, ...: a name of LOSSES; default bce.")
+@click.option("--labels", help=f"{LABELS_HELP}; default what the loss is made for.")
+@click.option("--classes", callback=names, help="Keep these classes, e.g. cat,dog.")
+@click.option(
+    "--freeze", callback=names, help="Modules of the backbone, e.g. conv1,layer1; or '*'."
+)
+@click.option("--lr", type=float, help="Of the optimiser; default 1e-5.")
+@click.option("--backbone-lr", type=float, help="Of the backbone; default the same.")
+@click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
+@click.option("--batch-size", type=int, help="Images a step, of all processes; default 16.")
+@click.option("--micro-batch", type=int, help="Images at once in a process; default all.")
+@click.option("--epochs", type=int, help="The best of them is kept; default 10.")
+@click.option("--precision", help="float32; on GPUs bfloat16 or float16 too; default float32.")
+@click.option("--select-on", help="val, or test as Query2Label's authors do; default val.")
+@click.option("--seed", type=int, help="Of the initial weights; default 0.")
+@click.option("--workers", type=int, help="Threads that decode; default one for each core.")
+@click.option("--on-error", help="skip leaves a bad image out, raise stops at it; default skip.")
+@click.option("--tensorboard", is_flag=True, default=None, help="Write event files too.")
+@DEVICE
+@click.option("--out", type=PATH, help="The run folder; default runs/ and a name of its settings.")
+def finetune(
+    recipe: str | None,
+    overrides: Sequence[str],
+    end_to_end: bool,
+    init: Path | None,
+    resume: Path | None,
+    **flags: Any,
+) -> None:
+    """Train backbone and head together on images; under torchrun, in several processes."""
+    from mlc.finetune.command import finetune_config
+    from mlc.finetune.run import finetune
+    from mlc.report.console import progress_bar
+    from mlc.report.summary import print_bad, print_run
+
+    if not end_to_end and resume is None:
+        raise MlcError(
+            "finetune: reads every image in every epoch; pass --end-to-end if that is what you "
+            "want, or train a head on cached features with mlc train-head"
+        )
+    config = finetune_config(recipe, overrides, flags, init, resume)
+    with progress_bar("train", "steps") as progress:
+        done = finetune(config, progress)
+    if done is not None:
+        print_bad(done.bad)
+        print_run(done.run)
+
+
+@cli.command()
 @click.argument("run", type=PATH, required=False)
 @click.option("--checkpoint", type=PATH, help="An official Query2Label file instead of a run.")
 @click.option("--config-json", type=PATH, help="The config_new.json beside it, if there is one.")

@@ -61,7 +61,46 @@ def load(
     Raises:
         MlcError: one sentence with every key that is unknown, missing or of the wrong type.
     """
-    return _checked(cls, name or command, _gather(command, name, overrides, flags))
+    return load_values(cls, name or command, gather(command, name, overrides, flags))
+
+
+def gather(
+    command: str,
+    name: str | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the values of a recipe, overrides and flags, not checked yet; see ``load``."""
+    values: dict[str, Any] = {} if name is None else _read_recipe(command, name)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise MlcError(f"--set: expected key=value, got {override!r}")
+        _assign(values, key.strip(), _read_yaml("--set", text))
+    return values | {key: value for key, value in (flags or {}).items() if value is not None}
+
+
+def load_values(cls: type[C], where: str, values: Mapping[str, Any]) -> C:
+    """Return a config of values that ``gather`` gave.
+
+    Args:
+        cls: the config class.
+        where: the values are from, for errors.
+        values: by field.
+
+    Raises:
+        MlcError: see ``load``.
+    """
+    try:
+        text = json.dumps(values, default=str)
+    except (TypeError, ValueError) as error:
+        raise MlcError(f"{where}: not plain keys and values ({error})") from None
+    try:
+        # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
+        return cls.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = "; ".join(_problem(cls, each) for each in error.errors())
+        raise MlcError(f"{where}: {problems}") from None
 
 
 def load_each(
@@ -90,7 +129,7 @@ def load_each(
     Raises:
         MlcError: see ``load``; two fields have lists of different lengths; or an item is empty.
     """
-    values = _gather(command, name, overrides, flags)
+    values = gather(command, name, overrides, flags)
     lists = {field: _items(field, values[field]) for field in split if field in values}
     count = max(map(len, lists.values()), default=1)
     if count > 1:
@@ -102,7 +141,9 @@ def load_each(
                 f"{field}: should be one value, or one for each of the {count} of {longest}, "
                 f"got {len(items)}: {', '.join(map(str, items))}"
             )
-    return [_checked(cls, name or command, _chosen(values, lists, index)) for index in range(count)]
+    return [
+        load_values(cls, name or command, _chosen(values, lists, index)) for index in range(count)
+    ]
 
 
 def _items(field: str, value: object) -> list[Any]:
@@ -123,36 +164,6 @@ def _chosen(
     """Return the values of one of several configs, without those that are None."""
     chosen = {field: items[index % len(items)] for field, items in lists.items()}
     return {key: value for key, value in {**values, **chosen}.items() if value is not None}
-
-
-def _gather(
-    command: str,
-    name: str | None,
-    overrides: Sequence[str],
-    flags: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the values of a recipe, overrides and flags, not checked yet."""
-    values: dict[str, Any] = {} if name is None else _read_recipe(command, name)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise MlcError(f"--set: expected key=value, got {override!r}")
-        _assign(values, key.strip(), _read_yaml("--set", text))
-    return values | {key: value for key, value in (flags or {}).items() if value is not None}
-
-
-def _checked(cls: type[C], where: str, values: Mapping[str, Any]) -> C:
-    """Return a config of these values, or say what is wrong with them."""
-    try:
-        text = json.dumps(values, default=str)
-    except (TypeError, ValueError) as error:
-        raise MlcError(f"{where}: not plain keys and values ({error})") from None
-    try:
-        # Strict JSON mode: 5 is a float and a list is a tuple, but "no" is not 0 and "3" is not 3.
-        return cls.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        problems = "; ".join(_problem(cls, each) for each in error.errors())
-        raise MlcError(f"{where}: {problems}") from None
 
 
 def dump(config: Config) -> str:

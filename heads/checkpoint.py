@@ -1,9 +1,7 @@
 """Checkpoint: the state of a training on the disk, from which the same command goes on."""
 
-import hashlib
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +9,24 @@ import torch
 
 from mlc.configs.errors import MlcError
 from mlc.configs.files import written_aside
-from mlc.heads.config import NOT_SETTINGS, TrainConfig
-from mlc.heads.inputs import Split
 
-VERSION = 2
+VERSION = 3  # of what is saved
 EPOCH_SECONDS = 30.0  # at least, between two states after epochs
 
 
 class Checkpoint:
-    """A file beside the run folder of the first head that is trained.
+    """A file beside a run folder that is not written yet.
 
     Args:
-        configs: of the heads that are trained together.
-        splits: what they are trained and selected on.
+        path: of the file; None saves nothing.
+        of: what tells the same training, as a hash of its settings and data.
+        minutes: between two states.
     """
 
-    def __init__(self, configs: Sequence[TrainConfig], splits: Mapping[str, Split]) -> None:
-        self._path = checkpoint_path(configs)
-        self._seconds = 60 * configs[0].checkpoint_minutes
+    def __init__(self, path: Path | None, of: str, minutes: float) -> None:
+        self._path, self._of = path, f"{VERSION} {of}"
+        self._seconds = 60 * minutes
         self._written = time.monotonic()
-        self._of = _fingerprint(configs, splits) if self._path else ""
 
     def restore(self) -> dict[str, Any] | None:
         """Return what was saved of the same training, None if there is nothing."""
@@ -69,24 +65,13 @@ class Checkpoint:
         self._written = time.monotonic()
 
 
-def checkpoint_path(configs: Sequence[TrainConfig]) -> Path | None:
-    """Return where the state of heads that are trained together is, if they have run folders."""
-    out = configs[0].out
+def checkpoint_path(out: Path | None) -> Path | None:
+    """Return where the state of a training is whose run folder is to be ``out``."""
     return None if out is None else out.with_name(f".{out.name}.training")
 
 
-def discard_checkpoint(configs: Sequence[TrainConfig]) -> None:
-    """Remove the state of heads whose run folders are written."""
-    path = checkpoint_path(configs)
+def discard_checkpoint(out: Path | None) -> None:
+    """Remove the state of a training whose run folder is written."""
+    path = checkpoint_path(out)
     if path is not None:
         path.unlink(missing_ok=True)
-
-
-def _fingerprint(configs: Sequence[TrainConfig], splits: Mapping[str, Split]) -> str:
-    settings = [each.model_dump(mode="json", exclude=NOT_SETTINGS) for each in configs]
-    digest = hashlib.sha256(json.dumps([VERSION, settings], sort_keys=True).encode())
-    for name, split in sorted(splits.items()):
-        tokens = split.of_tokens()
-        digest.update(name.encode() + tokens.array.crc32c.tobytes() + tokens.rows.tobytes())
-        digest.update(split.observed.cpu().numpy().tobytes() + split.true.tobytes())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -99,10 +100,8 @@ class TrainConfig(ProtocolConfig):
 def check_config(config: TrainConfig) -> None:
     """Raise an MlcError for whatever can be seen to be wrong before any work starts."""
     reads = choose(HEADS, config.head, "head").reads
-    check_knobs(config.loss, config.knobs)
-    check_decoder(config)
-    check_recipe(config)
-    _check_of_use(config)
+    check_settings(config)
+    _require_head(config, RecipeConfig.model_fields, OF_TOKENS, "heads of tokens")
     if reads == TOKENS and (config.solver == "lbfgs" or LOSSES[config.loss].has_estimator):
         what = f"loss {config.loss}" if config.solver == "adam" else "solver lbfgs"
         raise MlcError(f"head: {config.head} does not go with the {what}; take a linear head")
@@ -115,35 +114,20 @@ def check_config(config: TrainConfig) -> None:
             )
     if config.strengths is not None:
         check_strengths(config.strengths)
-    if not 0 <= config.threshold <= 1:
-        raise MlcError(f"threshold: should be from 0 to 1, got {config.threshold}")
-    for name in ("batch_size", "epochs"):
-        if getattr(config, name) < 1:
-            raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")
-    for name in ("seed", "order_seed", "corruption_seed", "split_seed"):
-        check_seed(name, getattr(config, name))
-    if not (config.lr > 0 and math.isfinite(config.lr)):
-        raise MlcError(f"lr: should be a positive number, got {config.lr}")
-    if not 0 <= config.weight_decay * config.lr < 1:
-        raise MlcError(
-            f"weight_decay: should be at least 0 and below 1 / lr, got {config.weight_decay}"
-        )
 
 
-def _check_of_use(config: TrainConfig) -> None:
-    """Raise an MlcError for settings that the head has no use for, or its loss or device."""
-    for fields, heads, what in (
-        (DecoderConfig.model_fields, DECODERS, "heads that attend"),
-        (RecipeConfig.model_fields, OF_TOKENS, "heads of tokens"),
-        (OF_QUERY2LABEL, ("q2l",), "Query2Label"),
-        (("query_groups",), ("ml-decoder",), "ML-Decoder"),
-    ):
-        given = config.model_dump(exclude_defaults=True).keys() & set(fields)
-        if given and config.head not in heads:
-            raise MlcError(
-                f"{min(given)}: is of {what} ({', '.join(heads)}), got the head {config.head}; "
-                "leave it out, or take one of those"
-            )
+def check_settings(config: TrainConfig) -> None:
+    """Raise an MlcError for what is wrong with a head and its training, on features or on images.
+
+    Args:
+        config: its head is one of HEADS.
+    """
+    check_knobs(config.loss, config.knobs)
+    check_decoder(config)
+    check_recipe(config)
+    _require_head(config, DecoderConfig.model_fields, DECODERS, "heads that attend")
+    _require_head(config, OF_QUERY2LABEL, ("q2l",), "Query2Label")
+    _require_head(config, ("query_groups",), ("ml-decoder",), "ML-Decoder")
     if config.micro_batch is not None and LOSSES[config.loss].batch_term is not None:
         raise MlcError(
             f"micro_batch: the loss {config.loss} is of a whole batch and not the sum of its "
@@ -153,6 +137,36 @@ def _check_of_use(config: TrainConfig) -> None:
         raise MlcError(
             f"precision: {config.precision} is ten times slower on a CPU, and for GPUs alone; "
             "leave it out"
+        )
+    if not 0 <= config.threshold <= 1:
+        raise MlcError(f"threshold: should be from 0 to 1, got {config.threshold}")
+    for name in ("batch_size", "epochs"):
+        if getattr(config, name) < 1:
+            raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")
+    for name in ("seed", "order_seed", "corruption_seed", "split_seed"):
+        check_seed(name, getattr(config, name))
+    check_rate("lr", config.lr)
+    if not 0 <= config.weight_decay * config.lr < 1:
+        raise MlcError(
+            f"weight_decay: should be at least 0 and below 1 / lr, got {config.weight_decay}"
+        )
+
+
+def check_rate(name: str, lr: float) -> None:
+    """Raise an MlcError if a learning rate is none."""
+    if not (lr > 0 and math.isfinite(lr)):
+        raise MlcError(f"{name}: should be a positive number, got {lr}")
+
+
+def _require_head(
+    config: TrainConfig, fields: Iterable[str], heads: Collection[str], what: str
+) -> None:
+    """Raise an MlcError if a setting is given that only other heads have a use for."""
+    given = config.model_dump(exclude_defaults=True).keys() & set(fields)
+    if given and config.head not in heads:
+        raise MlcError(
+            f"{min(given)}: is of {what} ({', '.join(heads)}), got the head {config.head}; "
+            "leave it out, or take one of those"
         )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from mlc.configs.device import choose_device
 from mlc.configs.errors import choose
 from mlc.configs.progress import Progress, silent
-from mlc.configs.provenance import made_by
 from mlc.datasets.labels import SPLITS, LabelTable
 from mlc.datasets.protocol import apply_protocol
 from mlc.datasets.source import absolute_data
@@ -25,43 +24,16 @@ from mlc.heads.config import (
     settle_knobs,
     splits_in_views,
 )
-from mlc.heads.explain import frequency_bins
 from mlc.heads.inputs import Features, Split, join, read_features, read_labels, relabel
-from mlc.heads.metrics import evaluate
 from mlc.heads.modules import AFFINE, DECODERS, HEADS
-from mlc.heads.run_folder import Run, read_run, require_free, write_run
-from mlc.heads.train import probabilities, train_head
-from mlc.heads.trained import Diverged, TrainedHead, selection_targets
-from mlc.heads.training_labels import check_labels, label_gaps
+from mlc.heads.run_folder import Run, folder_aside, read_run, require_free
+from mlc.heads.train import train_head
+from mlc.heads.trained import Diverged, TrainedHead
+from mlc.heads.training_labels import check_labels
+from mlc.heads.written import Prepared, write_trained
 
+OF_BACKBONE = ("backbone", "weights_licence", "backbone_config")  # of what a store recorded
 NOT_OF_OPTIMUM = {"lr", "batch_size", "weight_decay", "epochs", "seed", "order_seed"}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Labels as one protocol shows them, joined with features.
-
-    Attributes:
-        source: hash of the table as read.
-        table: the label table, its splits assigned.
-        splits: "train", "val" and "test", on the device of training, their features as the affine
-            map of the head sees them.
-    """
-
-    source: str
-    table: LabelTable
-    splits: dict[str, Split]
-
-    def notes(self, val_labels: str) -> list[str]:
-        """Return sentences on what the labels lack that train, and those that select."""
-        observed = self.splits["train"].observed.cpu().numpy()
-        sentences = label_gaps(observed, self.table.classes)
-        if not selection_targets(self.splits["val"], val_labels).any():
-            sentences.append(
-                "labels: no image of the validation split has a positive, so that every epoch is "
-                "as good as any other"
-            )
-        return sentences
 
 
 def read_inputs(config: ProtocolConfig) -> tuple[Features, LabelTable]:
@@ -95,16 +67,7 @@ def prepare(
     Raises:
         MlcError: see ``apply_protocol``, ``join`` and ``choose_device``.
     """
-    shown = apply_protocol(
-        table,
-        default_labels(config, table),
-        split_seed=config.split_seed,
-        corruption_seed=config.corruption_seed,
-    )
-    names: tuple[str, ...] = SPLITS
-    if config.select_on == "test":  # all that is not test is trained on
-        shown = replace(shown, split=np.where(shown.split == "test", "test", "train"))
-        names = ("train", "test")
+    shown, names = shown_labels(config, table)
     if like is None:
         device, views = choose_device(config.device), splits_in_views(config)
         splits = join(features, shown, device, names, in_all_views=views)
@@ -113,6 +76,25 @@ def prepare(
         splits = relabel({name: like.splits[name] for name in names}, shown)
     splits.setdefault("val", splits["test"])
     return Prepared(table.digest() if like is None else like.source, shown, splits)
+
+
+def shown_labels(config: TrainConfig, table: LabelTable) -> tuple[LabelTable, tuple[str, ...]]:
+    """Return a table as a config's protocol shows it, and the splits that it then has.
+
+    Raises:
+        MlcError: see ``apply_protocol``.
+    """
+    shown = apply_protocol(
+        table,
+        default_labels(config, table),
+        split_seed=config.split_seed,
+        corruption_seed=config.corruption_seed,
+    )
+    if config.select_on == "val":
+        return shown, SPLITS
+    # All that is not test is trained on.
+    shown = replace(shown, split=np.where(shown.split == "test", "test", "train"))
+    return shown, ("train", "test")
 
 
 def resolve(config: TrainConfig, features: Features, prepared: Prepared) -> TrainConfig:
@@ -162,9 +144,9 @@ def fit(
             f"{resolved.out}: stopped; the same command goes on from the last state that was saved"
         ) from None
     except Diverged:
-        discard_checkpoint([resolved])
+        discard_checkpoint(resolved.out)
         raise
-    discard_checkpoint([resolved])
+    discard_checkpoint(resolved.out)
     return run
 
 
@@ -178,14 +160,16 @@ def keep(config: TrainConfig, trained: TrainedHead, features: Features, prepared
         prepared: labels and splits, likewise.
     """
     assert config.out is not None
-    write_run(
-        config.out,
-        config,
-        trained.state,
-        trained.history,
-        _scores(prepared.splits["test"], trained),
-        _results(config, features, prepared, trained),
-    )
+    made = {
+        "store": str(features.path.resolve()),
+        "digest": features.digest,
+        **({} if config.layer is None else {"layer": config.layer}),
+        **_size(prepared.splits["train"]),
+        "key": dict(features.key),
+        **{name: features.made_by[name] for name in OF_BACKBONE},
+    }
+    with folder_aside(config.out) as partial:
+        write_trained(partial, config, trained, prepared, made)
     return read_run(config.out)
 
 
@@ -222,58 +206,6 @@ def _as_seen(head: str, split: Split) -> Split:
         return replace(split, features=inputs(split.features))
     views = inputs(split.views.flatten(0, 1)).view_as(split.views)
     return replace(split, features=views[0], views=views)
-
-
-def _scores(test: Split, trained: TrainedHead) -> dict[str, np.ndarray[Any, Any]]:
-    return {
-        "image_id": test.image_id,
-        "logits": trained.logits["test"],
-        "true": test.true,
-        "observed": test.observed.cpu().numpy(),
-    }
-
-
-def _results(
-    config: TrainConfig,
-    features: Features,
-    prepared: Prepared,
-    trained: TrainedHead,
-) -> dict[str, Any]:
-    table, splits, source = prepared.table, prepared.splits, prepared.source
-    metrics = {
-        name: evaluate(
-            probabilities(trained.logits[name]), splits[name].true, table.classes, config.threshold
-        )
-        for name in ("val", "test")
-    }
-    positives = splits["train"].true.sum(axis=0)
-    per_class_ap = np.array(list(metrics["test"]["per_class_ap"].values()))
-    best = trained.history[trained.best_epoch - 1]
-    return {
-        "best_epoch": trained.best_epoch,
-        **({} if config.select_on == "val" else {"selected_on": config.select_on}),
-        "selection_mAP": best["val_mAP"],
-        **{name: best[name] for name in ("strength", "converged") if name in best},
-        **metrics,
-        "mAP_by_frequency": frequency_bins(positives, per_class_ap),
-        "train_positives": dict(zip(table.classes, positives.tolist(), strict=True)),
-        "train_images": len(splits["train"].image_id),
-        "dataset": table.dataset,
-        "truth_known": table.true is not None,
-        "classes": list(table.classes),
-        "labels_digest": source,
-        "features": {
-            "store": str(features.path.resolve()),
-            "digest": features.digest,
-            **({} if config.layer is None else {"layer": config.layer}),
-            **_size(prepared.splits["train"]),
-            "key": dict(features.key),
-            "backbone": features.made_by["backbone"],
-            "weights_licence": features.made_by["weights_licence"],
-            "backbone_config": features.made_by["backbone_config"],
-        },
-        "made_by": made_by(),
-    }
 
 
 def _size(split: Split) -> dict[str, Any]:

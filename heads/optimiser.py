@@ -1,6 +1,7 @@
-"""The optimisers and the learning rate of heads of tokens."""
+"""Optimisers and learning rates of heads of tokens, and of end-to-end training."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,37 +10,44 @@ from torch import nn
 from mlc.heads.recipe import RecipeConfig
 
 BETA2 = 0.999
+PEAK = "peak"  # of a group of parameters: the highest learning rate of its schedule
 RISE = 0.2  # of all steps
 START_DIVISOR, END_DIVISOR = 25.0, 1e4
 BETA1_LOW, BETA1_HIGH = 0.85, 0.95
 
 
 def make_optimiser(
-    head: nn.Module, recipe: RecipeConfig, lr: float, weight_decay: float
+    parts: Sequence[tuple[nn.Module, float]], recipe: RecipeConfig, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Return the optimiser of a head's parameters, those that decay in its first group."""
-    named = {name: each for name, each in head.named_parameters() if each.requires_grad}
-    apart = {
-        name
-        for name, each in named.items()
-        if recipe.decay == "weights" and (name.endswith("bias") or each.dim() == 1)
-    }
-    groups: list[dict[str, Any]] = [
-        {"params": [each for name, each in named.items() if name not in apart]},
-        {"params": [named[name] for name in named if name in apart], "weight_decay": 0.0},
-    ]
+    """Return the optimiser of some modules' parameters, those that are trained.
+
+    Args:
+        parts: modules, each with its learning rate, or the peak of it.
+        recipe: which optimiser, and what decays.
+        weight_decay: of what decays: of each part the first group of parameters.
+    """
+    groups: list[dict[str, Any]] = []
+    for module, lr in parts:
+        named = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        apart = {
+            name
+            for name, each in named.items()
+            if recipe.decay == "weights" and (name.endswith("bias") or each.dim() == 1)
+        }
+        decaying = [each for name, each in named.items() if name not in apart]
+        still = [each for name, each in named.items() if name in apart]
+        groups.append({"params": decaying, "lr": lr, PEAK: lr, "weight_decay": weight_decay})
+        groups.append({"params": still, "lr": lr, PEAK: lr, "weight_decay": 0.0})
     make = torch.optim.AdamW if recipe.optimiser == "adamw" else torch.optim.Adam
-    return make([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay)
+    return make([group for group in groups if group["params"]])
 
 
-def set_rate(
-    optimiser: torch.optim.Optimizer, recipe: RecipeConfig, lr: float, step: int, steps: int
-) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, recipe: RecipeConfig, step: int, steps: int) -> None:
     """Set what the schedule says of a step, counted from 0."""
     if recipe.schedule == "constant":
         return
-    rate, beta1 = one_cycle(step, steps, lr)
     for group in optimiser.param_groups:
+        rate, beta1 = one_cycle(step, steps, group[PEAK])
         group["lr"], group["betas"] = rate, (beta1, BETA2)
 
 

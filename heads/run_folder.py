@@ -25,6 +25,7 @@ from mlc.heads.modules import HEADS, make_head
 CONFIG, HEAD, METRICS = "config.yaml", "head.safetensors", "metrics.jsonl"
 SCORES, RESULTS = "scores.npz", "results.json"
 FILES = {CONFIG, HEAD, METRICS, SCORES, RESULTS}
+ESTIMATOR = "estimator.npz"  # of a loss that has one
 SCORE_ARRAYS = ("image_id", "logits", "true", "observed")
 NEEDED = {"classes", "features", "val", "test", "selection_mAP"}  # of results.json
 # A checkpoint that was imported has never been trained here, and brings its backbone. Its scores,
@@ -32,6 +33,9 @@ NEEDED = {"classes", "features", "val", "test", "selection_mAP"}  # of results.j
 OFFICIAL = "official"  # of results.json: its name, or null; no other run has this
 BACKBONE = "backbone.safetensors"
 IMPORTED_FILES = {CONFIG, HEAD, BACKBONE, RESULTS}
+# So does a model that was fine-tuned; this is its whole config, of which CONFIG has the head's.
+FINETUNE = "finetune.yaml"
+MAY_HAVE = FILES | {ESTIMATOR, BACKBONE, FINETUNE}
 IMPORTED_NEEDED = {"classes", "features", OFFICIAL}
 NOT_SELECTED = {"selection_mAP": float("nan"), "labels_digest": "", "truth_known": True}
 
@@ -77,6 +81,30 @@ class Run:
         except Exception as error:  # numpy, zipfile and zlib share no base for a broken file
             raise _damaged(self.path, SCORES, error) from None
 
+    def estimates(self) -> tuple[NDArray[np.str_], NDArray[np.float32]]:
+        """Return the ids (n,) of the training images, and what their labels were estimated to be.
+
+        As probabilities (n, L).
+
+        Raises:
+            MlcError: the run's loss has no label estimator, or the file is damaged.
+        """
+        if not (self.path / ESTIMATOR).is_file():
+            raise MlcError(
+                f"{self.path}: has no {ESTIMATOR}, which runs of losses with a label estimator "
+                f"have, got the loss {self.config.loss}; train it again if it should"
+            )
+        try:
+            with np.load(self.path / ESTIMATOR, allow_pickle=False) as arrays:
+                return arrays["image_id"], arrays["probabilities"]
+        except Exception as error:  # see ``scores``
+            raise _damaged(self.path, ESTIMATOR, error) from None
+
+    @property
+    def is_finetuned(self) -> bool:
+        """Return whether its backbone was trained too, and lies in the folder."""
+        return (self.path / FINETUNE).is_file()
+
     def head(self) -> nn.Module:
         """Return the trained head on the CPU."""
         choose(HEADS, self.config.head, "head")
@@ -101,32 +129,38 @@ def require_free(path: Path) -> None:
     if not path.exists():
         return
     names = {each.name for each in path.iterdir()} if path.is_dir() else set()
-    if names not in (FILES, IMPORTED_FILES, IMPORTED_FILES | {SCORES}):
+    if not {CONFIG, HEAD, RESULTS} <= names <= MAY_HAVE:
         raise MlcError(f"{path}: is there and is not a run folder; name another with --out")
 
 
-def write_run(
-    path: Path,
+def write_files(
+    folder: Path,
     config: TrainConfig,
     state: Mapping[str, Tensor],
     history: Sequence[Mapping[str, float]],
     scores: Mapping[str, NDArray[Any]],
     results: Mapping[str, Any],
+    estimates: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
-    """Write a run folder aside and rename it; one that is there is replaced.
+    """Write the files of a run into a folder that is there, see ``folder_aside``.
 
-    Raises:
-        MlcError: see ``require_free``.
+    Args:
+        folder: to be filled.
+        config: resolved.
+        state: tensors of the head.
+        history: lines of ``metrics.jsonl``.
+        scores: as ``Run.scores`` returns them.
+        results: of ``results.json``.
+        estimates: ``image_id`` and ``probabilities`` of a label estimator, if there is one.
     """
-    with folder_aside(path) as partial:
-        (partial / CONFIG).write_text(dump(config))
-        # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
-        safetensors.torch.save_file(
-            {name: each.clone() for name, each in state.items()}, partial / HEAD
-        )
-        (partial / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
-        np.savez_compressed(partial / SCORES, allow_pickle=False, **dict(scores))
-        (partial / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    (folder / CONFIG).write_text(dump(config))
+    # A copy of its own: the numpy view of a tensor that training goes on with would be shared.
+    safetensors.torch.save_file({name: each.clone() for name, each in state.items()}, folder / HEAD)
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
+    np.savez_compressed(folder / SCORES, allow_pickle=False, **dict(scores))
+    if estimates is not None:
+        np.savez_compressed(folder / ESTIMATOR, allow_pickle=False, **dict(estimates))
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
 
 
 @contextmanager

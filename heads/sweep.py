@@ -19,7 +19,7 @@ from mlc.heads.config import (
     default_labels,
     settle_knobs,
 )
-from mlc.heads.fit import Prepared, keep, prepare, read_inputs, resolve, run_path
+from mlc.heads.fit import keep, prepare, read_inputs, resolve, run_path
 from mlc.heads.grid import ALL, SweepConfig, grid_of
 from mlc.heads.head_size import HeadSize
 from mlc.heads.inputs import Features
@@ -28,6 +28,7 @@ from mlc.heads.run_folder import RESULTS, Run, read_run
 from mlc.heads.train import train_block
 from mlc.heads.trained import Diverged
 from mlc.heads.training_labels import check_labels
+from mlc.heads.written import Prepared
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def sweep(config: SweepConfig, progress: Progress = silent) -> Swept:
         ) from None
     for each in work.configs:
         if _is_there(each):
-            discard_checkpoint([each])  # of a pass with others, that was stopped before it ended
+            discard_checkpoint(each.out)  # of a pass with others, that was stopped before it ended
     if work.diverged:
         raise _diverged(config.out, work)
     runs = [read_run(each.out) for each in work.configs if each.out]
@@ -193,7 +194,7 @@ def _train_and_keep(
             work.diverged.append(str(config.out))
         else:
             keep(config, head, work.features, prepared)
-    discard_checkpoint(block)
+    discard_checkpoint(block[0].out)
     counter.add(0, heads=len(block))
 
 

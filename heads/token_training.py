@@ -1,6 +1,5 @@
 """TokenTraining: one head of tokens while it is trained, from its first step to its best epoch."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mlc.heads.average import MovingAverage
+from mlc.heads.best_epoch import BestEpoch
 from mlc.heads.config import TrainConfig
-from mlc.heads.explain import estimated_positives
 from mlc.heads.head_size import HeadSize
 from mlc.heads.losses import LOSSES, loss_value
-from mlc.heads.metrics import mean_ap
 from mlc.heads.modules import make_head
 from mlc.heads.optimiser import make_optimiser, set_rate
 from mlc.heads.order import stream_seed
@@ -47,11 +45,7 @@ class TokenTraining:
 
     Attributes:
         config: of the head.
-        history: a line of ``metrics.jsonl`` for each epoch.
-        best: its tensors at the best epoch, on the CPU.
-        best_epoch: counted from 1.
-        best_map: its mAP in per cent.
-        diverged: its scores are not finite; it is not trained any more.
+        best: its epochs; once they have ended it is not trained any more.
     """
 
     def __init__(
@@ -60,21 +54,12 @@ class TokenTraining:
         self.config, self._steps = config, steps
         generator = torch.Generator().manual_seed(config.seed)
         self._head = make_head(config.head, size, config, generator).to(device)
-        self._optimiser = make_optimiser(self._head, config, config.lr, config.weight_decay)
+        self._optimiser = make_optimiser([(self._head, config.lr)], config, config.weight_decay)
         self._average: MovingAverage | None = None
         if config.ema_decay is not None:
             self._average = MovingAverage(self._head, config.ema_decay, warm_up=config.ema_warm_up)
-        self.history: list[dict[str, float]] = []
-        self.best, self.best_epoch, self.best_map = _on_cpu(self._head.state_dict()), 0, -math.inf
-        self.diverged = False
+        self.best = BestEpoch(self._head.state_dict(), config.patience)
         self._loss = torch.zeros((), device=device)  # of the epoch so far
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is not trained any more: it diverged, or has waited for too long."""
-        waited = len(self.history) - self.best_epoch
-        patience = self.config.patience
-        return self.diverged or (patience is not None and waited > patience)
 
     def add(self, part: Part, step: int) -> None:
         """Add the gradient of a part of a step's images.
@@ -89,7 +74,7 @@ class TokenTraining:
 
     def step(self, step: int) -> None:
         """Take a step, counted from 0, along the gradients that were added."""
-        set_rate(self._optimiser, self.config, self.config.lr, step, self._steps)
+        set_rate(self._optimiser, self.config, step, self._steps)
         self._optimiser.step()
         self._optimiser.zero_grad()
         if self._average is not None:
@@ -114,7 +99,7 @@ class TokenTraining:
 
     def best_scorer(self) -> Scorer:
         """Return what gives the logits (B, L) of the best epoch; nothing is trained after it."""
-        self._head.load_state_dict(self.best)
+        self._head.load_state_dict(self.best.state)
         return self._head.eval()
 
     def end_epoch(
@@ -127,25 +112,9 @@ class TokenTraining:
             targets: (n, L), the positives that select.
             steps: of the epoch.
         """
-        if not all(np.isfinite(each).all() for each in logits):
-            self.diverged = True
-            return
-        probs = [torch.from_numpy(each).sigmoid() for each in logits]
-        maps = [float(mean_ap(each.numpy(), targets)) for each in probs]
-        chosen = int(np.argmax(maps))
-        line = {
-            "epoch": len(self.history) + 1,
-            "loss": float(self._loss) / steps,
-            "val_mAP": maps[chosen],
-        }
-        if self._average is not None:
-            line |= {"val_mAP_raw": maps[0], "val_mAP_average": maps[1]}
-        self.history.append(line | {"val_estimated_positives": estimated_positives(probs[chosen])})
+        states = [self._head.state_dict(), self._average.state if self._average else {}]
+        self.best.add(float(self._loss) / steps, logits, targets, states)
         self._loss.zero_()
-        if maps[chosen] > self.best_map:
-            states = [self._head.state_dict(), self._average.state if self._average else {}]
-            self.best, self.best_epoch = _on_cpu(states[chosen]), len(self.history)
-            self.best_map = maps[chosen]
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step depends on."""
@@ -153,11 +122,7 @@ class TokenTraining:
             "head": self._head.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "average": self._average.state if self._average else {},
-            "history": self.history,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "best_map": self.best_map,
-            "diverged": self.diverged,
+            "best": self.best.saved(),
             "loss": self._loss,
         }
 
@@ -168,11 +133,5 @@ class TokenTraining:
         if self._average is not None:
             for name, each in self._average.state.items():
                 each.copy_(state["average"][name])
-        self.history, self.diverged = state["history"], state["diverged"]
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
-        self.best_map = state["best_map"]
+        self.best.restore(state["best"])
         self._loss.copy_(state["loss"])
-
-
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: each.detach().cpu().clone() for name, each in state.items()}

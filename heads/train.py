@@ -85,9 +85,9 @@ def train_block(
         for epoch, (batches, views) in enumerate(_epochs(config, train), start=1):
             losses = block.epoch(batches, check, views)
             lines = _lines(block, splits, config, epoch, losses.tolist())
-            for index, (head, line) in enumerate(zip(heads, lines, strict=True)):
+            for index, (head, (line, estimates)) in enumerate(zip(heads, lines, strict=True)):
                 if head.add(line):
-                    best[index] = block.parameters[index]
+                    best[index], head.estimates = block.parameters[index], estimates
             progress(epoch, config.epochs, f"val mAP {max(head.best for head in heads):.2f}")
         block.parameters.copy_(best)
         return _finish(block, heads, splits, config.eval_views)
@@ -113,6 +113,7 @@ class _Selection:
     best: float = -math.inf
     best_epoch: int = 0
     diverged: bool = False
+    estimates: Tensor | None = None  # of the best epoch
 
     def add(self, line: dict[str, float]) -> bool:
         """Take an epoch's line; return whether it is the best so far."""
@@ -130,11 +131,12 @@ def _lines(
     config: TrainConfig,
     epoch: int,
     losses: list[float],
-) -> Iterator[dict[str, float]]:
-    """Yield the line of ``metrics.jsonl`` of each head."""
+) -> Iterator[tuple[dict[str, float], Tensor | None]]:
+    """Yield the line of ``metrics.jsonl`` of each head, and what its estimator estimates."""
     train, val = splits["train"], splits["val"]
     targets = selection_targets(val, config.val_labels)
     for head, logits in enumerate(_scores(block, val, config.eval_views)):
+        estimates = None
         line = {"epoch": epoch, "loss": losses[head], "val_mAP": math.nan}
         if torch.isfinite(logits).all():
             probs = logits.sigmoid()
@@ -144,7 +146,7 @@ def _lines(
             estimates = block.estimator.logits(head).sigmoid()
             line["train_estimated_positives"] = estimated_positives(estimates)
             line |= estimator_quality(estimates, train.observed, train.true)
-        yield line
+        yield line, estimates
 
 
 def _scores(block: LinearBlock, split: Split, eval_views: EvalViews) -> list[Tensor]:
@@ -187,7 +189,8 @@ def _finish(
             name: each.cpu().clone(memory_format=torch.contiguous_format)
             for name, each in state.items()
         }
-        finished.append(TrainedHead(state, head.best_epoch, head.history, mine))
+        estimates = None if head.estimates is None else head.estimates.cpu().numpy()
+        finished.append(TrainedHead(state, head.best_epoch, head.history, mine, estimates))
     return finished
 
 

@@ -1,5 +1,7 @@
 """train_tokens(): heads on spatial features, batch by batch from memory or off the disk."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from mlc.configs.allocator import keep_freed_memory
 from mlc.configs.progress import Progress, silent
-from mlc.heads.checkpoint import Checkpoint
-from mlc.heads.config import TrainConfig
+from mlc.heads.checkpoint import Checkpoint, checkpoint_path
+from mlc.heads.config import NOT_SETTINGS, TrainConfig
 from mlc.heads.head_size import HeadSize
 from mlc.heads.inputs import EvalViews, Split, mean_of_views
 from mlc.heads.order import batches_of_epoch, order_generators, stream_seed
@@ -76,13 +78,15 @@ def train_tokens(
     size = HeadSize(tokens["train"].width, train.observed.shape[1], tokens["train"].grid)
     require_memory(configs, size, train.features.device)
     heads = [TokenTraining(each, size, train.features.device, steps) for each in configs]
-    checkpoint = Checkpoint(configs, splits)
+    checkpoint = Checkpoint(
+        checkpoint_path(config.out), _fingerprint(configs, splits), config.checkpoint_minutes
+    )
     done = _restore(checkpoint, heads)
     progress(done, steps, f"goes on from step {done:,}" if done else reader.note)
     # What is drawn in a step has a seed of its own; here other numbers are kept as they were.
     with torch.random.fork_rng(_gpus(train.features.device)):
         for batch, parts in _steps(config, train, reader, done):
-            active = [head for head in heads if not head.ended]
+            active = [head for head in heads if not head.best.ended]
             for part in parts:
                 for head in active:
                     head.add(part, batch.number)
@@ -93,7 +97,7 @@ def train_tokens(
             if checkpoint.due(epoch_ended=batch.last):
                 checkpoint.save(_state(heads, batch.number + 1))
             progress(batch.number + 1, steps, _note(heads, batch.epoch))
-            if all(head.ended for head in heads):
+            if all(head.best.ended for head in heads):
                 break
     return _finish(heads, tokens, reader, config.eval_views)
 
@@ -239,7 +243,7 @@ def _finish(
     reader: TokenReader,
     eval_views: EvalViews,
 ) -> list[TrainedHead | Diverged]:
-    sound = [head for head in heads if not head.diverged]
+    sound = [head for head in heads if not head.best.diverged]
     scorers = [head.best_scorer() for head in sound]
     logits = {
         name: iter(score_tokens(scorers, tokens[name], reader, eval_views))
@@ -247,11 +251,11 @@ def _finish(
     }
     return [
         Diverged(head.config.loss)
-        if head.diverged
+        if head.best.diverged
         else TrainedHead(
-            head.best,
-            head.best_epoch,
-            head.history,
+            head.best.state,
+            head.best.epoch,
+            head.best.history,
             {name: next(each) for name, each in logits.items()},
         )
         for head in heads
@@ -272,8 +276,19 @@ def _restore(checkpoint: Checkpoint, heads: Sequence[TokenTraining]) -> int:
     return int(saved["done"])
 
 
+def _fingerprint(configs: Sequence[TrainConfig], splits: Mapping[str, Split]) -> str:
+    """Return a hash of all that the numbers of a training depend on."""
+    settings = [each.model_dump(mode="json", exclude=NOT_SETTINGS) for each in configs]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, split in sorted(splits.items()):
+        tokens = split.of_tokens()
+        digest.update(name.encode() + tokens.array.crc32c.tobytes() + tokens.rows.tobytes())
+        digest.update(split.observed.cpu().numpy().tobytes() + split.true.tobytes())
+    return digest.hexdigest()
+
+
 def _note(heads: Sequence[TokenTraining], epoch: int) -> str:
-    best = max((head.best_map for head in heads), default=0.0)
+    best = max((head.best.map for head in heads), default=0.0)
     return f"epoch {epoch}, val mAP {best:.2f}" if best > 0 else f"epoch {epoch}"
 
 

@@ -19,12 +19,15 @@ class TrainedHead:
         best_epoch: counted from 1; of the full-batch solver the best strength.
         history: a line of ``metrics.jsonl`` for each epoch, or each strength.
         logits: (n, L) float32 at the best epoch, for "val" and "test".
+        estimates: (n, L) float32, at the best epoch what a label estimator takes the probabilities
+            of the training images to be; None if there is none.
     """
 
     state: dict[str, Tensor]
     best_epoch: int
     history: list[dict[str, float]]
     logits: dict[str, NDArray[np.float32]]
+    estimates: NDArray[np.float32] | None = None
 
 
 class Diverged(MlcError):

@@ -55,6 +55,8 @@ def evaluate_run(
         MlcError: see ``evaluate_on_store``, ``load_whole`` and ``evaluate_on_images``.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    if run.is_finetuned and not given.keys() & {"data", "features"}:
+        given = run.config.model_dump(include=set(DataConfig.model_fields)) | given
     choose_split(split)
     if threshold is not None:
         run = replace(run, config=run.config.model_copy(update={"threshold": threshold}))

@@ -88,7 +88,7 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
     Raises:
         MlcError: the backbone cannot be had, or is not the same any more.
     """
-    settings = _backbone_settings(run)
+    settings = backbone_settings(run)
     stored = current_key(run.results["features"]["key"])
     on_gpu = choose_device(device).type == "cuda"
     settings |= {
@@ -129,7 +129,7 @@ def backbone_flags(run: Run, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("backbone", "weights", "random_weights"):
         if given.get(name):
             raise MlcError(f"{name}: got {given[name]} beside the backbone of {run.path}; pass one")
-    settings = _backbone_settings(run)
+    settings = backbone_settings(run)
     stored = current_key(run.results["features"]["key"])
     kind = choose(HEADS, run.config.head, "head").reads
     own = {name: settings[name] for name in settings if name not in OF_THE_MACHINE}
@@ -140,7 +140,7 @@ def backbone_flags(run: Run, flags: Mapping[str, Any]) -> dict[str, Any]:
     return own | given
 
 
-def _backbone_settings(run: Run) -> dict[str, Any]:
+def backbone_settings(run: Run) -> dict[str, Any]:
     """Return the config of a run's backbone, its weights file where it is now."""
     settings: dict[str, Any] | None = run.results["features"]["backbone_config"]
     if settings is None:

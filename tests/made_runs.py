@@ -8,7 +8,7 @@ import torch
 
 from mlc.heads.config import TrainConfig
 from mlc.heads.metrics import mean_ap, step_ap
-from mlc.heads.run_folder import BACKBONE, OFFICIAL, Run, read_run, write_run
+from mlc.heads.run_folder import BACKBONE, OFFICIAL, Run, folder_aside, read_run, write_files
 from mlc.heads.train import probabilities
 
 IMAGES, CLASSES = 80, 3
@@ -64,7 +64,8 @@ def write(
         **(more or {}),
     }
     state = {"weight": torch.zeros(true.shape[1], 2), "bias": torch.zeros(true.shape[1])}
-    write_run(folder / name, config, state, [], scores, results)
+    with folder_aside(folder / name) as partial:
+        write_files(partial, config, state, [], scores, results)
     if OFFICIAL in results:  # such a run has its backbone beside its head
         (folder / name / BACKBONE).touch()
     return read_run(folder / name)

@@ -65,7 +65,7 @@ class Small(nn.Module):
 def test_what_decays(decay: str, decayed: set[str], name: str, kind: type) -> None:
     head = Small()
     recipe = RecipeConfig(optimiser=name, decay=decay)
-    optimiser = make_optimiser(head, recipe, 1e-3, 0.1)
+    optimiser = make_optimiser([(head, 1e-3)], recipe, 0.1)
     assert type(optimiser) is kind
     of = {id(each): name for name, each in head.named_parameters()}
     found = {
@@ -79,8 +79,8 @@ def test_what_decays(decay: str, decayed: set[str], name: str, kind: type) -> No
 
 
 def test_a_constant_schedule_leaves_the_rate_alone() -> None:
-    optimiser = make_optimiser(Small(), RecipeConfig(), 1e-3, 0.0)
-    set_rate(optimiser, RecipeConfig(), 1e-3, 5, 10)
+    optimiser = make_optimiser([(Small(), 1e-3)], RecipeConfig(), 0.0)
+    set_rate(optimiser, RecipeConfig(), 5, 10)
     assert {group["lr"] for group in optimiser.param_groups} == {1e-3}
 
 

@@ -124,7 +124,7 @@ def test_a_state_of_another_training_is_not_gone_on_from(
     settings = {**RECIPE, "epochs": 2, "checkpoint_minutes": 1e-9}
     monkeypatch.setattr("mlc.heads.fit.discard_checkpoint", lambda configs: None)
     trained(store, tmp_path / "run", **{**settings, "lr": 1e-2})
-    state = checkpoints.checkpoint_path([TrainConfig(out=tmp_path / "run")])
+    state = checkpoints.checkpoint_path(tmp_path / "run")
     assert state is not None
     assert state.is_file()
     want = trained(store, tmp_path / "want", **settings)

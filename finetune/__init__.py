@@ -1,0 +1,1 @@
+"""End to end: backbone and head trained together on images that are streamed."""

@@ -1,0 +1,59 @@
+"""finetune_config(): what a command line asks for, a run or a saved state to start from."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlc.configs import gather, load, load_values
+from mlc.configs.errors import MlcError
+from mlc.finetune.config import FinetuneConfig
+from mlc.finetune.init import init_flags
+from mlc.finetune.saved import MAY_CHANGE, saved_config
+from mlc.heads.run_folder import read_run
+
+COMMAND = "finetune"
+
+
+def finetune_config(
+    recipe: str | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, Any],
+    init: Path | None = None,
+    resume: Path | None = None,
+) -> FinetuneConfig:
+    """Return the config of a fine-tuning.
+
+    Args:
+        recipe: see ``configs.load``.
+        overrides: likewise.
+        flags: likewise; None means not given.
+        init: a run to start from: what it is comes before the defaults.
+        resume: the run folder of a training that was stopped; what is given beside it must be
+            what it had, but for ``MAY_CHANGE``.
+
+    Raises:
+        MlcError: see ``load``, ``init_flags`` and ``saved_config``; or a setting that cannot be
+            changed is.
+    """
+    values = gather(COMMAND, recipe, overrides, flags)
+    if resume is not None:
+        return _resumed(saved_config(resume), values, resume)
+    if init is None:
+        return load_values(FinetuneConfig, recipe or COMMAND, values)
+    values = init_flags(read_run(init), values) | {"init": str(init)}
+    return load_values(FinetuneConfig, recipe or COMMAND, values)
+
+
+def _resumed(config: FinetuneConfig, values: Mapping[str, Any], run: Path) -> FinetuneConfig:
+    asked = load(FinetuneConfig, COMMAND, flags=config.model_dump(mode="json") | dict(values))
+    changed = [
+        f"{name} ({getattr(config, name)!r} then, {getattr(asked, name)!r} now)"
+        for name in FinetuneConfig.model_fields
+        if name not in MAY_CHANGE and getattr(config, name) != getattr(asked, name)
+    ]
+    if changed:
+        raise MlcError(
+            f"--resume: {run} is a training with other settings: {', '.join(changed)}; leave "
+            "them out, or begin another with --out"
+        )
+    return asked.model_copy(update={"out": config.out})

@@ -1,0 +1,96 @@
+"""Where a fine-tuning starts: from a run of a head on cached features, or of a whole model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlc.configs.errors import MlcError
+from mlc.finetune.config import OF_BACKBONE, OF_FEATURES, FinetuneConfig
+from mlc.finetune.model import ImageModel
+from mlc.heads.config import TrainConfig
+from mlc.heads.inputs import Split
+from mlc.heads.losses import LOSSES
+from mlc.heads.recipe import RecipeConfig
+from mlc.heads.role import OBSERVED_LOGIT
+from mlc.heads.run_folder import Run, read_run
+from mlc.models.whole import backbone_settings
+
+# Of a run: what its head is, and what it was taught; not how it was trained.
+OF_TRAINING = {"lr", "weight_decay", "batch_size", "epochs", "out", "device"} | set(
+    RecipeConfig.model_fields
+)
+FIXED = ("backbone", "head", "layer", "classes")  # of the run, whatever is asked
+
+
+def init_flags(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags of a fine-tuning that goes on from a run: its backbone, head, loss and labels.
+
+    Args:
+        run: of features that a backbone here made.
+        given: flags and settings; they win, but for those that say which model it is.
+
+    Raises:
+        MlcError: it was trained on imported features, or what is given is of another model.
+    """
+    fields = set(TrainConfig.model_fields) - OF_TRAINING - set(OF_FEATURES)
+    own = run.config.model_dump(mode="json", include=fields, exclude_defaults=True)
+    made = backbone_settings(run)
+    own |= {name: made[name] for name in OF_BACKBONE if made.get(name) is not None}
+    for name in FIXED:
+        if given.get(name) is not None and name in own and given[name] != own[name]:
+            raise MlcError(
+                f"init: {run.path} has {name} {own[name]}, got {given[name]}; leave it out"
+            )
+    return own | {name: value for name, value in given.items() if value is not None}
+
+
+def start_from(
+    config: FinetuneConfig, model: ImageModel, train: Split, classes: tuple[str, ...]
+) -> Tensor | None:
+    """Give a model the head of the run that its config starts from, if it does.
+
+    Args:
+        config: of the fine-tuning.
+        model: its backbone is the run's already, see ``init_flags``.
+        train: the training split.
+        classes: of the data set.
+
+    Returns:
+        (n, L) float32: probabilities that the label estimator starts from; None if it has its own
+        start, or there is none.
+
+    Raises:
+        MlcError: the run's head or classes are others.
+    """
+    if config.init is None:
+        return None
+    run = read_run(config.init)
+    if run.classes != classes:
+        lacking = [name for name in classes if name not in run.classes]
+        raise MlcError(
+            f"init: {run.path} has {len(run.classes)} classes, the data has {len(classes)}, of "
+            f"which the run does not know {', '.join(lacking[:5]) or 'the order'}; name the run's "
+            "with --classes"
+        )
+    try:
+        model.head.load_state_dict(run.head().state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise MlcError(f"init: the head of {run.path} does not fit: {reason}") from None
+    if not LOSSES[config.loss].has_estimator or run.config.loss != config.loss:
+        return None
+    return _estimates(run, train, len(classes))
+
+
+def _estimates(run: Run, train: Split, classes: int) -> Tensor:
+    """Return what a run's estimator says of images, of others what a new one would in the mean."""
+    ids, probabilities = run.estimates()
+    row = {image_id: index for index, image_id in enumerate(ids.tolist())}
+    observed = train.observed.cpu()
+    start = (observed * OBSERVED_LOGIT).sigmoid()
+    rows = torch.tensor([row.get(each, -1) for each in train.image_id.tolist()])
+    known = rows >= 0
+    start[known] = torch.from_numpy(probabilities)[rows[known]]
+    return start
