@@ -40,7 +40,7 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlc needs Python 3.11 or later")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --upgrade pip
-	$(BIN)/python -m pip install -e '.[demo,onnx,test,dev]'
+	$(BIN)/python -m pip install -e '.[demo,onnx,tensorboard,test,dev]'
 	touch $@
 
 # mypy does not follow an editable install; it reads the package through this link.

@@ -185,7 +185,7 @@ def extract(
     recipe: str | None, overrides: Sequence[str], backbone_of: Path | None, **flags: Any
 ) -> None:
     """Stage 1: run frozen backbones over a data set, once, into a store each."""
-    from mlc.configs import load_each
+    from mlc.configs import gather, load_each
     from mlc.extract.config import ALONG, EACH, ExtractConfig
     from mlc.extract.run import extract_each
     from mlc.report.console import progress_bar
@@ -195,7 +195,8 @@ def extract(
         from mlc.heads.run_folder import read_run
         from mlc.models.whole import backbone_flags
 
-        flags = backbone_flags(read_run(backbone_of), flags)
+        asked = gather("extract", recipe, overrides, flags)
+        recipe, overrides, flags = None, (), backbone_flags(read_run(backbone_of), asked)
     configs = load_each(ExtractConfig, "extract", EACH, ALONG, recipe, overrides, flags)
     with progress_bar("extract", "images") as progress:
         done = extract_each(configs, progress, print_forecast)
@@ -488,7 +489,7 @@ def finetune(
     from mlc.finetune.command import finetune_config
     from mlc.finetune.run import finetune
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_bad, print_run
+    from mlc.report.summary import print_bad, print_run, print_waited
 
     if not end_to_end and resume is None:
         raise MlcError(
@@ -500,6 +501,7 @@ def finetune(
         done = finetune(config, progress)
     if done is not None:
         print_bad(done.bad)
+        print_waited(done.waited, done.run)
         print_run(done.run)
 
 
@@ -563,6 +565,8 @@ def evaluate(
         )
     if checkpoint is not None and weights is not None:
         raise MlcError("evaluate: a checkpoint has its own --weights; leave them out")
+    if json_file is not None and json_file.is_dir():
+        raise MlcError(f"--json: {json_file} is a folder; name a file")
     with progress_bar("evaluate", "images") as progress:
         if checkpoint is not None:
             options = ImportOptions(config_json, out, classes, signed_scales, unsafe_checkpoint)
@@ -666,7 +670,7 @@ def attention(
     from mlc.heads.run_folder import read_run
     from mlc.models.attention import point_on_images
     from mlc.models.whole import load_whole
-    from mlc.report.attention import print_pointing, write_attention
+    from mlc.report.attention import check_pictures, print_pointing, write_attention
     from mlc.report.console import progress_bar
     from mlc.report.summary import print_bad
 
@@ -674,15 +678,17 @@ def attention(
         raise MlcError("attention: --out, --top and --classes are of pictures; pass --images too")
     if images is not None and split is not None:
         raise MlcError("attention: got --images, all of which are drawn, and --split; pass one")
-    model = load_whole(read_run(run), weights, device or "auto")
     data_config = load(DataConfig, "attention", flags=flags)
+    folder, trained = out or Path("attention"), read_run(run)
+    if images is not None:
+        check_pictures(trained, images, folder, classes)
+        known = any(value is not None for value in flags.values())
+        boxes = boxes_below(data_config, images) if known else None
+    model = load_whole(trained, weights, device or "auto")
     with progress_bar("look", "images") as progress:
         if images is None:
             pointing, bad = point_on_images(model, data_config, split or "test", progress)
         else:
-            known = any(value is not None for value in flags.values())
-            boxes = boxes_below(data_config, images) if known else None
-            folder = out or Path("attention")
             written, bad = write_attention(
                 model, images, folder, classes, top or 3, boxes, progress
             )
@@ -710,10 +716,13 @@ def report(
 ) -> None:
     """Compare runs: mean and deviation over seeds, paired intervals over images and seeds."""
     from mlc.report.console import progress_bar
+    from mlc.report.groups import tested
     from mlc.report.summary import check_report, print_report
     from mlc.report.table import find_runs, make_report
 
-    found = find_runs(runs or (Path("runs"),))
+    found, untested = tested(find_runs(runs or (Path("runs"),)))
+    for run in untested:
+        click.echo(f"left out: {run.path}, which was not evaluated on test images yet", err=True)
     check_report(found, against=against, per_class=per_class, out=out)
     with progress_bar("bootstrap", "heads") as progress:
         table = make_report(

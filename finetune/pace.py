@@ -8,7 +8,6 @@ import torch
 
 T = TypeVar("T")
 
-STARVED = 0.2  # share of the time; more is worth a word
 GB = 1e9
 
 

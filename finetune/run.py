@@ -17,13 +17,15 @@ from mlc.datasets.source import absolute_data
 from mlc.extract.backbone import load_backbone
 from mlc.extract.backbone_file import BackboneFile, write_backbone_file
 from mlc.extract.views import Squares
+from mlc.extract.weights import hash_weights
 from mlc.finetune.config import FinetuneConfig, check_finetune
+from mlc.finetune.events import recorder
 from mlc.finetune.init import start_from
 from mlc.finetune.model import ImageModel
 from mlc.finetune.objective import Objective
 from mlc.finetune.prepare import PreparedImages, prepare_images
 from mlc.finetune.processes import Processes, joined_processes
-from mlc.finetune.saved import SavedState
+from mlc.finetune.saved import MAY_CHANGE, SavedState
 from mlc.finetune.train import Images, train, workers_of
 from mlc.finetune.training import FineTuning
 from mlc.heads.checkpoint import discard_checkpoint
@@ -44,10 +46,12 @@ class Finetuned:
     Attributes:
         run: the run folder.
         bad: the reason of each bad image, by its file.
+        waited: share of the last epoch's time that its steps waited for images.
     """
 
     run: Run
     bad: dict[str, str]
+    waited: float
 
 
 def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned | None:
@@ -72,6 +76,7 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned |
         images = prepare_images(config, processes.device)
         resolved = resolve(config, images)
         model, objective = _build(resolved, images, processes.device)
+        began_with = hash_weights(model.backbone)
         _require_enough(resolved, images, processes)
         rows = images.prepared.splits["train"].observed
         steps = config.epochs * max(1, len(rows) // config.batch_size)
@@ -83,15 +88,16 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned |
         saved = SavedState(resolved, images.prepared.source)
         told = progress if processes.first else silent
         try:
-            trained = train(resolved, tuning, streamed, processes, saved, told)
+            with recorder(resolved, processes) as record:
+                trained = train(resolved, tuning, streamed, processes, saved, told, record)
         except Diverged:
             discard_checkpoint(resolved.out)
             raise
         if not processes.first:
             return None
-        run = _write(resolved, model, trained, images, streamed.bad)
+        run = _write(resolved, model, trained, images, streamed.bad, began_with)
         discard_checkpoint(resolved.out)
-        return Finetuned(run, _by_file(streamed))
+        return Finetuned(run, _by_file(streamed), trained.history[-1]["waited"])
 
 
 def _by_file(images: Images) -> dict[str, str]:
@@ -162,8 +168,18 @@ def _write(
     trained: TrainedHead,
     images: PreparedImages,
     bad: Mapping[str, Mapping[int, str]],
+    began_with: str,
 ) -> Run:
-    """Write the run folder: that of a head, its backbone in it, and the whole config."""
+    """Write the run folder: that of a head, its backbone in it, and the whole config.
+
+    Args:
+        config: resolved.
+        model: as it was built.
+        trained: its tensors at the best epoch, and what else training gives.
+        images: of the data set.
+        bad: the reason of each bad image, by split and row.
+        began_with: hash of the backbone's tensors at the start.
+    """
     assert config.out is not None
     prepared = images.without(bad)
     head, backbone = (
@@ -176,9 +192,17 @@ def _write(
     )
     with folder_aside(config.out) as partial:
         made = _write_backbone(partial, config, model, backbone)
+        made["finetuned"] = _own_settings(config) | {"began_with": began_with}
         write_trained(partial, head_config(config), replace(trained, state=head), prepared, made)
         (partial / FINETUNE).write_text(dump(config))
     return read_run(config.out)
+
+
+def _own_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings of a fine-tuning that a head on features does not have."""
+    fields = set(FinetuneConfig.model_fields) - set(TrainConfig.model_fields)
+    settings = config.model_dump(mode="json", include=fields - MAY_CHANGE)
+    return settings | {"precision": config.precision, "init": config.init is not None}
 
 
 def head_config(config: FinetuneConfig) -> TrainConfig:

@@ -1,6 +1,6 @@
 """train(): a model on streamed images, from wherever its last state was, to its best epoch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +76,7 @@ def train(
     processes: Processes,
     saved: SavedState,
     progress: Progress = silent,
+    record: Callable[[dict[str, float]], None] = lambda line: None,
 ) -> TrainedHead:
     """Train on "train", select the epoch on "val", score "val" and "test" with it.
 
@@ -89,6 +90,7 @@ def train(
         processes: that train together.
         saved: where the state is kept.
         progress: told of each step.
+        record: told the line of each epoch.
 
     Returns:
         Tensors of the whole model, and what else training gives; scores are of good images.
@@ -116,6 +118,8 @@ def train(
                 _require_finite(loss, step, images)
                 if step.last:
                     _end_epoch(config, tuning, images, processes, pace, len(rows))
+                    for line in tuning.best.history[-1:]:
+                        record(line)
                 if _asked(processes, saved, stop, step):
                     saved.save(tuning, images.bad, step.number + 1, processes)
                     _leave_if(stop, saved, processes)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlc.heads.run_folder import Run
+from mlc.configs.errors import MlcError
+from mlc.heads.run_folder import SCORES, Run
 
 SEEDS = ("seed", "order_seed", "corruption_seed")
 TUNED = ("lr", "batch_size", "weight_decay")  # chosen by validation, as the papers' grids are
@@ -14,16 +15,37 @@ NO_USE = (*TUNED, "epochs", "seed", "order_seed")  # to it: an optimum does not 
 PLACES = ("out", "device", "features", "root", "check", "checkpoint_minutes")
 FOLLOWS_LOSS = ("knobs", "labels", "solver")
 KEY = "features."  # before the fields of the features' key
+CHECKPOINT = "checkpoint"  # of results.json: which file an imported checkpoint is of
+NOT_TUNED = {"lr": "", "batch": "", "weight decay": "", "C": ""}
 
 Group = list[Run]
 Grid = frozenset[tuple[float, int, float]]  # of lr, batch size, weight decay
+
+
+def tested(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs that have test scores, and the imported checkpoints that have none yet.
+
+    Raises:
+        MlcError: none has any.
+    """
+    untested = [run for run in runs if _is_untested(run)]
+    found = [run for run in runs if run not in untested]
+    if not found:
+        raise _without_scores(untested[0])
+    return found, untested
 
 
 def group_over_seeds(runs: Sequence[Run]) -> list[Group]:
     """Group runs over their seeds; the same head in two folders is one.
 
     The runs of a group are in the order of ``seeds_of``, so that those of two groups are paired.
+
+    Raises:
+        MlcError: an imported checkpoint was never evaluated.
     """
+    for run in runs:
+        if _is_untested(run):
+            raise _without_scores(run)
     different = {json.dumps(settings_of(run)): run for run in runs}
     groups: dict[str, Group] = {}
     for run in different.values():
@@ -46,8 +68,9 @@ def grids_of(runs: Sequence[Run]) -> dict[str, Grid]:
     grids: dict[str, Grid] = {}
     for run in runs:
         config = run.config
-        own = () if is_full_batch(run) else ((config.lr, config.batch_size, config.weight_decay),)
-        grids[method_of(run)] = grids.get(method_of(run), Grid()) | Grid(own)
+        tuned = ((config.lr, config.batch_size, config.weight_decay),)
+        own = Grid() if is_full_batch(run) or run.is_imported else Grid(tuned)
+        grids[method_of(run)] = grids.get(method_of(run), Grid()) | own
     return grids
 
 
@@ -64,7 +87,12 @@ def settings_of(run: Run, without: tuple[str, ...] = ()) -> dict[str, str]:
     features = run.results["features"]
     size = features["key"].get("size_px")  # 0 or absent where imported features do not say
     config["features"] = features["backbone"] + (f" {size} px" if size else "")
-    config |= {f"{KEY}{field}": value for field, value in features["key"].items()}
+    tuned = features.get("finetuned", {})
+    # What was trained end to end has weights of its own; which it began with is among the settings.
+    key = {name: each for name, each in features["key"].items() if not tuned or name != "weights"}
+    config |= tuned | {f"{KEY}{field}": value for field, value in key.items()}
+    if run.is_imported:  # with the digest of file and settings, as its head has no seed of its own
+        config[CHECKPOINT] = run.results.get(CHECKPOINT, {}).get("digest", "")
     config |= {"photos": features["digest"][:8], "table": run.results["labels_digest"][:8]}
     return {name: json.dumps(value) for name, value in config.items()}
 
@@ -80,7 +108,10 @@ def seeds_of(run: Run) -> tuple[int, ...]:
 
 
 def selection_map(group: Group) -> float:
-    """Return the mean validation mAP, of clean or observed labels as the protocol says."""
+    """Return the mean validation mAP, of clean or observed labels as the protocol says.
+
+    NaN of an imported checkpoint.
+    """
     return float(np.mean([run.results["selection_mAP"] for run in group]))
 
 
@@ -102,18 +133,35 @@ def names_of(groups: Sequence[Group]) -> list[dict[str, str]]:
 
 
 def tuned_of(group: Group) -> dict[str, str]:
-    """Return what was tuned, as text: of a full-batch solver C alone, which each seed chose."""
+    """Return what was tuned, as text: of a full-batch solver C alone, which each seed chose.
+
+    Nothing of an imported checkpoint.
+    """
     config = group[0].config
+    if group[0].is_imported:
+        return dict(NOT_TUNED)
     if is_full_batch(group[0]):
         chosen = {run.results["strength"] for run in group}
         strength = " to ".join(f"{each:.2g}" for each in sorted({min(chosen), max(chosen)}))
-        return {"lr": "", "batch": "", "weight decay": "", "C": strength}
+        return NOT_TUNED | {"C": strength}
     return {
         "lr": f"{config.lr:g}",
         "batch": str(config.batch_size),
         "weight decay": f"{config.weight_decay:g}",
         "C": "",
     }
+
+
+def _is_untested(run: Run) -> bool:
+    """Whether a run is an imported checkpoint that nobody evaluated, or not to the end."""
+    return run.is_imported and not ("test" in run.results and (run.path / SCORES).is_file())
+
+
+def _without_scores(run: Run) -> MlcError:
+    return MlcError(
+        f"{run.path}: an imported checkpoint that has no scores yet; mlc evaluate "
+        "on the test images of a data set makes them"
+    )
 
 
 def _varies(name: str, settings: Sequence[dict[str, str]]) -> bool:

@@ -23,6 +23,8 @@ from mlc.report.written import (
     write_table,
 )
 
+STARVED = 0.2  # share of the time that a training waits for images; more is worth a word
+
 if TYPE_CHECKING:  # timm takes seconds to import, and training does without it
     from mlc.extract.forecast import Forecast
     from mlc.extract.job import ExtractReport
@@ -83,6 +85,17 @@ def print_bad(bad: Mapping[str, str]) -> None:
     """List bad images on standard error."""
     for file, reason in bad.items():
         click.echo(f"bad image: {file}: {reason}", err=True)
+
+
+def print_waited(waited: float, run: Run) -> None:
+    """Say that training waited for images, if it did for much of its time, and what to change."""
+    if waited > STARVED:
+        click.echo(
+            f"{waited:.0%} of the time was spent waiting for images: reading and decoding them is "
+            "what limits; more --workers (and cores), smaller copies of the images, a faster disk, "
+            f"or a head on cached features, mlc extract --backbone-of {run.path}",
+            err=True,
+        )
 
 
 def print_run(run: Run) -> None:

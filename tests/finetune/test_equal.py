@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pictures
 import pytest
 import yaml
+from finetune_data import SETTINGS, write_photos
 from safetensors.numpy import load_file
 
 from mlc.extract.config import ExtractConfig
@@ -24,29 +24,15 @@ from mlc.heads.run_folder import BACKBONE as BACKBONE_FILE
 from mlc.heads.run_folder import Run, read_run
 from mlc.models.evaluate import evaluate_run
 
-IMAGES, CLASSES = 60, ("red", "green", "blue")
-BACKBONE = {"backbone": "test_resnet", "random_weights": True, "size_px": 32, "device": "cpu"}
+OF_BACKBONE = ("backbone", "random_weights", "size_px", "device")
+BACKBONE = {name: SETTINGS[name] for name in OF_BACKBONE}
 SLIM = {"head": "q2l", "hidden_dim": 16, "ffn_dim": 16, "attention_heads": 2, "dropout": 0.0}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CSV of photos whose channels that are bright are their labels."""
-    folder = tmp_path_factory.mktemp("photos")
-    random = np.random.default_rng(3)
-    lines = ["file,labels,split"]
-    for index in range(IMAGES):
-        present = random.random(len(CLASSES)) < 0.5
-        present[index % len(CLASSES)] = True
-        pixels = pictures.colours(40, 36, seed=index) // 2 + (100 * present).astype(np.uint8)
-        name = f"{index:02d}.png"
-        (folder / name).write_bytes(pictures.encoded(pictures.Image.fromarray(pixels)))
-        split = ("train", "train", "train", "val", "test")[index % 5]
-        labels = ";".join(name for name, there in zip(CLASSES, present, strict=True) if there)
-        lines.append(f"{name},{labels},{split}")
-    table = folder / "photos.csv"
-    table.write_text("\n".join(lines) + "\n")
-    return table
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
