@@ -463,10 +463,14 @@ def sweep(recipe: str | None, overrides: Sequence[str], **flags: Any) -> None:
 @click.option(
     "--freeze", callback=names, help="Modules of the backbone, e.g. conv1,layer1; or '*'."
 )
-@click.option("--lr", type=float, help="Of the optimiser; default 1e-5.")
+@click.option("--lr", callback=partial(numbers, float), help="e.g. 1e-4,1e-5; default 1e-5.")
 @click.option("--backbone-lr", type=float, help="Of the backbone; default the same.")
 @click.option("--weight-decay", type=float, help="Decoupled, as in AdamW; default 0.")
-@click.option("--batch-size", type=int, help="Images a step, of all processes; default 16.")
+@click.option(
+    "--batch-size",
+    callback=partial(numbers, int),
+    help="Images a step, of all processes, e.g. 8,16; default 16.",
+)
 @click.option("--micro-batch", type=int, help="Images at once in a process; default all.")
 @click.option("--epochs", type=int, help="The best of them is kept; default 10.")
 @click.option("--precision", help="float32; on GPUs bfloat16 or float16 too; default float32.")
@@ -485,24 +489,36 @@ def finetune(
     resume: Path | None,
     **flags: Any,
 ) -> None:
-    """Train backbone and head together on images; under torchrun, in several processes."""
-    from mlc.finetune.command import finetune_config
-    from mlc.finetune.run import finetune
+    """Train backbone and head together on images; under torchrun, in several processes.
+
+    Of several learning rates or batch sizes each combination is trained, and all are compared.
+    """
+    from mlc.finetune.command import finetune_configs
+    from mlc.finetune.run import finetune, finetune_grid
     from mlc.report.console import progress_bar
-    from mlc.report.summary import print_bad, print_run, print_waited
+    from mlc.report.summary import print_bad, print_report, print_run, print_waited
+    from mlc.report.table import make_report
 
     if not end_to_end and resume is None:
         raise MlcError(
             "finetune: reads every image in every epoch; pass --end-to-end if that is what you "
             "want, or train a head on cached features with mlc train-head"
         )
-    config = finetune_config(recipe, overrides, flags, init, resume)
+    configs = finetune_configs(recipe, overrides, flags, init, resume)
     with progress_bar("train", "steps") as progress:
-        done = finetune(config, progress)
-    if done is not None:
-        print_bad(done.bad)
-        print_waited(done.waited, done.run)
-        print_run(done.run)
+        if len(configs) > 1:
+            done = finetune_grid(configs, progress)
+        else:
+            done = [each for each in [finetune(configs[0], progress)] if each is not None]
+    for note in dict.fromkeys(note for each in done for note in each.notes):
+        click.echo(note)
+    for each in done:
+        print_bad(each.bad)
+        print_waited(each.waited, each.run)
+    if len(done) > 1:
+        print_report(make_report([each.run for each in done], every_setting=True))
+    elif done:
+        print_run(done[0].run)
 
 
 @cli.command()

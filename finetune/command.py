@@ -1,5 +1,6 @@
-"""finetune_config(): what a command line asks for, a run or a saved state to start from."""
+"""finetune_configs(): what a command line asks for, a run or a saved state to start from."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,43 @@ from mlc.finetune.saved import MAY_CHANGE, saved_config
 from mlc.heads.run_folder import read_run
 
 COMMAND = "finetune"
+TUNED = ("lr", "batch_size")  # may be lists: the grids of the papers
+
+
+def finetune_configs(
+    recipe: str | None,
+    overrides: Sequence[str],
+    flags: Mapping[str, Any],
+    init: Path | None = None,
+    resume: Path | None = None,
+) -> list[FinetuneConfig]:
+    """Return the configs of a grid: one for each of the learning rates and batch sizes.
+
+    Args:
+        recipe: see ``finetune_config``, and so on.
+        overrides: likewise.
+        flags: likewise; fields of ``TUNED`` may be lists.
+        init: likewise.
+        resume: likewise.
+
+    Raises:
+        MlcError: see ``finetune_config``; or a list is empty.
+    """
+    values = gather(COMMAND, recipe, overrides, flags)
+    lists = {name: _items(name, values[name]) for name in TUNED if name in values}
+    return [
+        finetune_config(recipe, overrides, {**flags, **chosen}, init, resume)
+        for chosen in (
+            dict(zip(lists, each, strict=True)) for each in itertools.product(*lists.values())
+        )
+    ]
+
+
+def _items(name: str, value: object) -> list[Any]:
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise MlcError(f"{name}: got none; pass one at least")
+    return items
 
 
 def finetune_config(

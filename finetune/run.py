@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,21 @@ from mlc.finetune.train import Images, train, workers_of
 from mlc.finetune.training import FineTuning
 from mlc.heads.checkpoint import discard_checkpoint
 from mlc.heads.config import NOT_SETTINGS, TrainConfig, default_labels, settle_knobs
-from mlc.heads.run_folder import BACKBONE, FINETUNE, Run, folder_aside, read_run, require_free
+from mlc.heads.run_folder import (
+    BACKBONE,
+    FINETUNE,
+    RESULTS,
+    Run,
+    folder_aside,
+    read_run,
+    require_free,
+)
 from mlc.heads.trained import Diverged, TrainedHead
 from mlc.heads.written import write_trained
 from mlc.models.official import REFERENCE
 
 DIGEST_CHARS = 8
+RUNS = Path("runs")
 HEAD, OF_BACKBONE = "head.", "backbone."  # before the names of the tensors of each
 
 
@@ -47,14 +56,40 @@ class Finetuned:
         run: the run folder.
         bad: the reason of each bad image, by its file.
         waited: share of the last epoch's time that its steps waited for images.
+        notes: sentences on what the labels lack.
     """
 
     run: Run
     bad: dict[str, str]
-    waited: float
+    waited: float = 0.0
+    notes: Sequence[str] = ()
 
 
-def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned | None:
+def finetune_grid(
+    configs: Sequence[FinetuneConfig], progress: Progress = silent
+) -> list[Finetuned]:
+    """Train models one after another, those whose run folders are not there yet.
+
+    Args:
+        configs: ``out`` of the first is the folder of all run folders; by default ``runs``.
+        progress: told of each step of the model that is trained.
+
+    Returns:
+        All of them, in order; none in processes that are not the first.
+
+    Raises:
+        MlcError: see ``finetune``.
+    """
+    folder = configs[0].out or RUNS
+    done = [
+        finetune(config.model_copy(update={"out": None}), progress, folder) for config in configs
+    ]
+    return [each for each in done if each is not None]
+
+
+def finetune(
+    config: FinetuneConfig, progress: Progress = silent, folder: Path | None = None
+) -> Finetuned | None:
     """Train a model end to end, and write its run folder.
 
     Under torchrun all processes train one model, and the first writes it.
@@ -62,6 +97,8 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned |
     Args:
         config: what to train.
         progress: told of each step.
+        folder: of run folders that are named by their settings; one that is there already is
+            left alone.
 
     Returns:
         None in processes that are not the first.
@@ -74,7 +111,10 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned |
     with joined_processes(config.device) as processes:
         keep_freed_memory()
         images = prepare_images(config, processes.device)
-        resolved = resolve(config, images)
+        resolved = resolve(config, images, folder or RUNS)
+        assert resolved.out is not None
+        if folder is not None and (resolved.out / RESULTS).is_file():
+            return Finetuned(read_run(resolved.out), {}) if processes.first else None
         model, objective = _build(resolved, images, processes.device)
         began_with = hash_weights(model.backbone)
         _require_enough(resolved, images, processes)
@@ -97,7 +137,8 @@ def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned |
             return None
         run = _write(resolved, model, trained, images, streamed.bad, began_with)
         discard_checkpoint(resolved.out)
-        return Finetuned(run, _by_file(streamed), trained.history[-1]["waited"])
+        notes = images.prepared.notes(config.val_labels)
+        return Finetuned(run, _by_file(streamed), trained.history[-1]["waited"], notes)
 
 
 def _by_file(images: Images) -> dict[str, str]:
@@ -108,7 +149,7 @@ def _by_file(images: Images) -> dict[str, str]:
     }
 
 
-def resolve(config: FinetuneConfig, images: PreparedImages) -> FinetuneConfig:
+def resolve(config: FinetuneConfig, images: PreparedImages, folder: Path) -> FinetuneConfig:
     """Return a config with nothing left open: enough to repeat the run from any folder."""
     table = images.prepared.table
     absolute = {
@@ -121,19 +162,19 @@ def resolve(config: FinetuneConfig, images: PreparedImages) -> FinetuneConfig:
         "data": absolute_data(config.data),
         "knobs": settle_knobs(config, table),
     }
-    settled["out"] = config.out or _run_path(config, images.prepared.source)
+    settled["out"] = config.out or _run_path(config, images.prepared.source, folder)
     require_free(settled["out"])
     return config.model_copy(update=settled)
 
 
-def _run_path(config: FinetuneConfig, source: str) -> Path:
+def _run_path(config: FinetuneConfig, source: str, folder: Path) -> Path:
     """Return the default run folder: the same settings and labels, the same path."""
     settings = config.model_dump(mode="json", exclude=NOT_SETTINGS, exclude_defaults=True)
     text = json.dumps([settings, source], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
     backbone = config.backbone.rpartition("/")[2].rpartition(":")[2]
     name = f"finetune-{backbone}-{config.head}-{config.loss}-lr{config.lr:g}-bs{config.batch_size}"
-    return Path("runs") / f"{name}-seed{config.seed}-{digest}"
+    return folder / f"{name}-seed{config.seed}-{digest}"
 
 
 def _build(

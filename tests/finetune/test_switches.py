@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from finetune_data import SETTINGS, write_photos
 
+from mlc.cli import main
 from mlc.finetune.config import FinetuneConfig
 from mlc.finetune.run import Finetuned, finetune
 from mlc.report.groups import group_over_seeds
 from mlc.report.summary import print_waited
-from mlc.report.table import make_report
+from mlc.report.table import find_runs, make_report
 
 OF_BACKBONE = ("backbone", "random_weights", "size_px", "device")
 BACKBONE = {name: SETTINGS[name] for name in OF_BACKBONE}
@@ -74,3 +75,18 @@ def test_a_report_groups_seeds_and_tells_settings_apart(photos: Path, tmp_path: 
     assert [[run.path.name for run in group] for group in groups] == [["a", "b"], ["still"]]
     rows = make_report(runs, every_setting=True, resamples=100).rows
     assert sorted((row.seeds, row.name["freeze"]) for row in rows) == [(1, '["conv1"]'), (2, "[]")]
+
+
+def test_a_grid_is_trained_once(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["finetune", "--end-to-end", "--data", str(photos), "--backbone", "test_resnet"]
+    flags += ["--random-weights", "--size", "32", "--epochs", "1", "--out", str(tmp_path / "grid")]
+    flags += ["--lr", "1e-3,1e-4", "--batch-size", "8,16"]
+    main(flags)
+    assert len(find_runs([tmp_path / "grid"])) == 4
+    table = capsys.readouterr().out
+    assert [table.count(f"{lr}  ") for lr in ("0.001", "0.0001")] == [2, 2]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("grid/*/results.json")}
+    main(flags)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
