@@ -6,7 +6,7 @@ Reference: Liu et al. 2021, https://arxiv.org/abs/2107.10834
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,8 @@ def from_official(
     buffers = official.buffers(wanted)
     shapes = {names[name]: each.shape for name, each in wanted.items()}
     shapes |= {name: each.shape for name, each in buffers.items()}
-    problems = _misfits(tensors, shapes, buffers)
+    floats = {names[name] for name, each in wanted.items() if each.is_floating_point()}
+    problems = _misfits(tensors, shapes, floats, buffers)
     if problems:
         raise MlcError(
             f"{backbone}: these weights are not those of the official backbone "
@@ -98,12 +99,16 @@ def from_official(
     return found
 
 
-def to_official(backbone: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(
+    backbone: str, tensors: Mapping[str, Tensor], *, signed_scales: bool = False
+) -> dict[str, Tensor]:
     """Return our model's tensors as the official backbone's: the inverse of ``from_official``.
 
     Args:
         backbone: a name of ``BACKBONES``.
         tensors: ``state_dict()`` of our model without a classifier.
+        signed_scales: write the scales of TResNet's norms as they are, for code with plain
+            BatchNorm; see ``from_official``.
 
     Returns:
         The keys, shapes and dtypes of the authors' model, in another order.
@@ -113,9 +118,10 @@ def to_official(backbone: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             1e-5, or among the fifth of the numbers near 1e-4 that the rounding of the sum skips.
     """
     official = choose(BACKBONES, backbone, "official backbone")
+    absolute = official.abn and not signed_scales
     named = {
         _official_name(official, name): _signed(name, each)
-        if official.abn and SCALE.search(name)
+        if absolute and SCALE.search(name)
         else each
         for name, each in tensors.items()
         if official.counters or not name.endswith(COUNTERS)
@@ -130,7 +136,10 @@ def _official_name(official: OfficialBackbone, name: str) -> str:
 
 
 def _misfits(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], buffers: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    floats: Collection[str],
+    buffers: Mapping[str, Tensor],
 ) -> list[str]:
     """Return a sentence part for each kind of misfit, with all names."""
     missing = [name for name in shapes if name not in tensors and not name.endswith(COUNTERS)]
@@ -152,6 +161,9 @@ def _misfits(
         "missing": missing,
         "unknown": unknown,
         "of another shape": reshaped,
+        "of integers": [
+            name for name in common if name in floats and not tensors[name].is_floating_point()
+        ],
         "not what the model computes": changed,
     }
     return [f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names]

@@ -1,6 +1,6 @@
 """evaluate_on_store(): a trained head on the features of any store that its backbone made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from mlc.store.key import current_key, feature_dtypes
 # Fields of a key in which a store may differ from an imported checkpoint, which had none.
 OF_STORING = {"precision", "decode", "features"}
 ALL = "all"  # every row of a table, whatever its split
+OF_JSON = "json-"  # how the data set of a table begins that is of a JSON, which lists its classes
+SHOWN = 5  # names of a list in an error
 
 
 def evaluate_on_store(
@@ -90,7 +92,8 @@ def _with_own(run: Run, config: LabelsConfig) -> LabelsConfig:
 def labels_of_run(run: Run, table: LabelTable, split: str) -> LabelTable:
     """Return a table's columns for a run's classes, its splits as in the run's protocol.
 
-    A class of the run that no row of a CSV lists has no positive there.
+    A class of the run that no row of a CSV lists has no positive there, as long as any row lists
+    a class of the run; a JSON in COCO's format lists them all.
 
     Args:
         run: the trained head.
@@ -100,9 +103,7 @@ def labels_of_run(run: Run, table: LabelTable, split: str) -> LabelTable:
     Raises:
         MlcError: the table lacks a class of the run, or has no row of the split.
     """
-    if table.dataset not in DATASETS:
-        table = add_classes(table, run.classes)
-    table = select_classes(table, run.classes)
+    table = select_classes(_with_unlisted(run, table), run.classes)
     if split == ALL:
         return replace(table, split=np.full(len(table), ALL))
     if run.config.select_on == "test":
@@ -114,6 +115,30 @@ def labels_of_run(run: Run, table: LabelTable, split: str) -> LabelTable:
         table = assign_splits(table, run.config.split_seed, needed=())
         return replace(table, split=np.where(table.split == "test", "test", "train"))
     return assign_splits(table, run.config.split_seed, needed=(split,))
+
+
+def _with_unlisted(run: Run, table: LabelTable) -> LabelTable:
+    """Return a table with the classes of a run that none of its rows lists, if that can be."""
+    missing = [name for name in run.classes if name not in table.classes]
+    if not missing or table.dataset in DATASETS:
+        return table
+    if table.dataset.startswith(OF_JSON):
+        raise MlcError(
+            f"{table.dataset}: {len(missing)} of the {len(run.classes)} classes of {run.path} are "
+            f"no categories of it ({_cut(missing)}), got {_cut(table.classes)}; name them alike"
+        )
+    if len(missing) == len(run.classes):
+        raise MlcError(
+            f"{table.dataset}: shares no class with {run.path}, got {_cut(table.classes)} where "
+            f"the run has {_cut(run.classes)}; name them alike"
+        )
+    return add_classes(table, run.classes)
+
+
+def _cut(names: Sequence[str]) -> str:
+    """Return the first of some names as text."""
+    more = ", ..." if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def choose_split(split: str) -> str:

@@ -3,7 +3,9 @@
 import json
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from mlc.configs.errors import MlcError
 
 WRAPPERS = ("state_dict", "model")  # around the tensors, beside the optimiser's state
 PREFIX = "module."  # of a model that trained on several GPUs
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBERS = (*FLOATS, torch.int64)  # counters of BatchNorm and indices of Swin are integers
 
 
 def read_checkpoint(path: Path, unsafe: bool = False) -> dict[str, Tensor]:
@@ -22,12 +26,13 @@ def read_checkpoint(path: Path, unsafe: bool = False) -> dict[str, Tensor]:
     Args:
         path: made by ``torch.save``: the tensors by name, or below "state_dict" or "model"; names
             may begin with "module.".
-        unsafe: open a file that holds more than tensors and plain values, which can run any
+        unsafe: open a file even if it holds more than tensors and plain values, which can run any
             program.
 
     Raises:
-        MlcError: the file is not there, holds more and ``unsafe`` is off, or no named tensors; or
-            a tensor has numbers that are not finite.
+        MlcError: the file is not there, is damaged, holds more and ``unsafe`` is off, or no named
+            tensors; or tensors are of a kind that no model has, have numbers that are not finite,
+            or are of one name.
     """
     content = _load(path, unsafe)
     for wrapper in WRAPPERS:
@@ -35,22 +40,13 @@ def read_checkpoint(path: Path, unsafe: bool = False) -> dict[str, Tensor]:
             content = content[wrapper]
             break
     named = content.items() if isinstance(content, Mapping) else ()
-    tensors = {
-        str(name).removeprefix(PREFIX): each for name, each in named if isinstance(each, Tensor)
-    }
+    tensors = _by_name(path, {name: each for name, each in named if isinstance(each, Tensor)})
     if not tensors:
         raise MlcError(
             f"{path}: expected named tensors, alone or below {' or '.join(WRAPPERS)}, "
             f"got {type(content).__name__}; pass the authors' checkpoint.pkl"
         )
-    broken = [
-        name for name, each in tensors.items() if each.is_floating_point() and not _is_finite(each)
-    ]
-    if broken:
-        raise MlcError(
-            f"{path}: {len(broken)} tensors have NaN or infinite numbers ({', '.join(broken)}); "
-            "get the file again"
-        )
+    _require_numbers(path, tensors)
     return tensors
 
 
@@ -78,18 +74,67 @@ def _load(path: Path, unsafe: bool) -> Any:
         raise MlcError(f"{path}: no such file; pass the authors' checkpoint.pkl")
     # Mapped, what nobody reads costs nothing: two thirds of a file may be the optimiser's state.
     mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _require_undamaged(path)
+    load = partial(torch.load, path, map_location="cpu", mmap=mapped)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if unsafe:
-            raise MlcError(f"{path}: not a checkpoint ({_first_line(error)})") from None
-        raise MlcError(
-            f"{path}: not a checkpoint, or holds more than tensors and plain values and is not "
-            f"opened, as pickles can run any program ({_first_line(error)}); if you trust who made "
-            "it, pass --unsafe-checkpoint"
-        ) from None
+        try:
+            return load(weights_only=True)
+        except pickle.UnpicklingError as error:
+            if not unsafe:
+                raise MlcError(
+                    f"{path}: not a checkpoint, or holds more than tensors and plain values and is "
+                    f"not opened, as pickles can run any program ({_first_line(error)}); if you "
+                    "trust who made it, pass --unsafe-checkpoint"
+                ) from None
+            return load(weights_only=False)
+    except MlcError:
+        raise
     except Exception as error:  # on a file of another kind torch raises anything at all
         raise MlcError(f"{path}: not a checkpoint ({_first_line(error)})") from None
+
+
+def _require_undamaged(path: Path) -> None:
+    """Compare the entries of a file with its checksums, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:  # zipfile and zlib share no base for a broken file
+        raise MlcError(f"{path}: damaged ({_first_line(error)}); get the file again") from None
+    if damaged is not None:
+        raise MlcError(f"{path}: {damaged} does not fit its checksum; get the file again")
+
+
+def _by_name(path: Path, named: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names of one model, of which two names cannot become one."""
+    names = [str(name).removeprefix(PREFIX) for name in named]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise MlcError(
+            f"{path}: {len(twice)} tensors are there more than once, with {PREFIX!r} before the "
+            f"name and without ({', '.join(twice)}); pass a file of one model"
+        )
+    return dict(zip(names, named.values(), strict=True))
+
+
+def _require_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise an MlcError for tensors that are not dense, of another dtype, or not finite."""
+    others = [
+        f"{name}: {each.layout} {each.dtype}"
+        for name, each in tensors.items()
+        if each.layout != torch.strided or each.dtype not in NUMBERS
+    ]
+    if others:
+        raise MlcError(
+            f"{path}: expected dense tensors of floating-point numbers, got {len(others)} others "
+            f"({', '.join(others)}); pass the model as it was trained"
+        )
+    broken = [name for name, each in tensors.items() if not _is_finite(each)]
+    if broken:
+        raise MlcError(
+            f"{path}: {len(broken)} tensors have NaN or infinite numbers ({', '.join(broken)}); "
+            "get the file again"
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mlc.configs import load
 from mlc.configs.errors import MlcError
 from mlc.configs.progress import Progress, silent
+from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import LabelTable
 from mlc.datasets.source import DataConfig, read_images
 from mlc.heads.evaluate import choose_split, evaluate_on_store, labels_of_run
@@ -19,7 +20,7 @@ from mlc.heads.metrics import evaluate
 from mlc.heads.run_folder import Run, read_run, record_test
 from mlc.heads.train import probabilities
 from mlc.models.official import ImportOptions, import_checkpoint
-from mlc.models.whole import WholeModel, load_whole
+from mlc.models.whole import load_whole
 
 OF_STORES = {
     "features": "--features",
@@ -52,54 +53,76 @@ def evaluate_run(
         progress: told while images are read.
 
     Raises:
-        MlcError: see ``evaluate_on_store``, ``load_whole`` and ``evaluate_on_images``.
+        MlcError: see ``evaluate_on_store`` and ``evaluate_on_images``.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if run.is_finetuned and not given.keys() & {"data", "features"}:
         given = run.config.model_dump(include=set(DataConfig.model_fields)) | given
     choose_split(split)
-    if threshold is not None:
-        run = replace(run, config=run.config.model_copy(update={"threshold": threshold}))
+    run = _at_threshold(run, threshold)
     if "data" not in given:
         if weights is not None:
             raise MlcError("evaluate: --weights is for images; pass --data too")
         config = load(LabelsConfig, "evaluate", flags=given)
         return evaluate_on_store(run, config, split, device or "auto"), {}
-    for name, flag in OF_STORES.items():
-        if name in given:
-            raise MlcError(
-                f"evaluate: got --data, which reads images, and {flag}; pass one of them"
-            )
-    data = load(DataConfig, "evaluate", flags=given)
-    model = load_whole(run, weights, device or "auto")
-    return evaluate_on_images(model, data, split, progress)
+    images = _read_images(given)
+    return evaluate_on_images(run, images, split, weights=weights, device=device, progress=progress)
 
 
 def evaluate_on_images(
-    model: WholeModel, config: DataConfig, split: str = "test", progress: Progress = silent
+    run: Run,
+    images: ImageSet,
+    split: str = "test",
+    *,
+    weights: Path | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the metrics of a whole model on a split of a data set, and its bad images.
+    """Return the metrics of a run on a split of a data set, and its bad images.
 
     Of an imported checkpoint the test split's metrics and scores go into its run folder, so that
     it can be reported beside runs that were trained here.
 
+    Args:
+        run: see ``evaluate_run``, like all that follows the split.
+        images: with their labels.
+        split: "train", "val", "test" or "all".
+        weights: of the backbone.
+        device: by default the GPU if there is one.
+        progress: told while images are read.
+
     Raises:
-        MlcError: the data set is not there or lacks a class of the run, or every image is bad.
+        MlcError: the data set lacks a class of the run or rows of the split; see ``load_whole``;
+            or every image is bad.
     """
-    images = read_images(config)
-    table = labels_of_run(model.run, images.labels, split).part(split)
+    table = labels_of_run(run, images.labels, split).part(split)
+    model = load_whole(run, weights, device or "auto")
     files = [images.root / str(name) for name in table.file]
     logits, bad = model.logits(files, progress)
     good = np.array([row not in bad for row in range(len(files))])
     if not good.any():
         raise MlcError(f"{images.root}: none of the {len(files)} images can be read")
     scored, logits = table.rows(good), logits[good]
-    metrics = evaluate(
-        probabilities(logits), scored.targets(), model.run.classes, model.run.config.threshold
-    )
-    if model.run.is_imported and split == "test":
-        _record(model.run, scored, logits, metrics)
+    metrics = evaluate(probabilities(logits), scored.targets(), run.classes, run.config.threshold)
+    if run.is_imported and split == "test":
+        _record(run, scored, logits, metrics)
     return metrics, {str(table.file[row]): reason for row, reason in bad.items()}
+
+
+def _read_images(given: Mapping[str, Any]) -> ImageSet:
+    """Return the images and labels that flags name, none of which may be for stores."""
+    for name, flag in OF_STORES.items():
+        if name in given:
+            raise MlcError(
+                f"evaluate: got --data, which reads images, and {flag}; pass one of them"
+            )
+    return read_images(load(DataConfig, "evaluate", flags=given))
+
+
+def _at_threshold(run: Run, threshold: float | None) -> Run:
+    if threshold is None:
+        return run
+    return replace(run, config=run.config.model_copy(update={"threshold": threshold}))
 
 
 def _record(
@@ -146,14 +169,18 @@ def evaluate_checkpoint(
         Its run folder, the metrics, and the bad images.
 
     Raises:
-        MlcError: see ``import_checkpoint`` and ``evaluate_run``.
+        MlcError: see ``import_checkpoint`` and ``evaluate_run``; what is wrong with the images is
+            found before the import.
     """
     choose_split(split)
     given = {name: value for name, value in flags.items() if value is not None}
     if not given.keys() & {"data", "features"}:
         given["data"] = "coco"
+    images = _read_images(given) if "data" in given else None
     run = import_checkpoint(checkpoint, options)
-    metrics, bad = evaluate_run(
-        run, given, split, threshold=threshold, device=device, progress=progress
-    )
+    if images is None:
+        metrics, bad = evaluate_run(run, given, split, threshold=threshold, device=device)
+    else:
+        chosen = _at_threshold(run, threshold)
+        metrics, bad = evaluate_on_images(chosen, images, split, device=device, progress=progress)
     return read_run(run.path), metrics, bad

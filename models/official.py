@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mlc.configs import dump
@@ -48,6 +50,15 @@ NAMES = {
 }
 CHECKPOINT = "checkpoint"  # of results.json: which file a run folder is of
 DIGEST_CHARS = 8
+# Their heads are as wide as the tokens; of such a layer, between its two matrices.
+FFN_DIMS = {
+    "Q2L-R101-448": 8192,
+    "Q2L-R101-576": 8192,
+    "Q2L-TResL-448": 2432,
+    "Q2L-TResL_22k-448": 2048,
+    "Q2L-SwinL-384": 6144,
+    "Q2L-CvT_w24-384": 4096,
+}
 # Settings that make a float32 forward pass the same anywhere; they are not the run's own.
 REFERENCE = {"device": "cpu", "precision": "float32", "engine": "torch"}
 
@@ -60,7 +71,7 @@ class ImportOptions:
         config_json: the authors' ``config_new.json`` beside it, if you have it.
         out: the run folder; by default below ``runs/``, named for the model and the file.
         classes: names in the order of its outputs; by default COCO's if there are 80.
-        signed_scales: see ``extract.query2label.from_official``.
+        signed_scales: of a TResNet alone, see ``extract.query2label.from_official``.
         unsafe: see ``read_checkpoint``.
     """
 
@@ -80,7 +91,8 @@ def import_checkpoint(path: Path, options: ImportOptions | None = None) -> Run:
 
     Raises:
         MlcError: the file cannot be read, is no such model, or does not fit it in every tensor;
-            the JSON contradicts it; or another run is where its folder is to be.
+            the JSON or an option contradicts it; another run is where its folder is to be, or
+            the folder cannot be written.
     """
     options = options or ImportOptions()
     tensors = read_checkpoint(path, options.unsafe)
@@ -89,9 +101,14 @@ def import_checkpoint(path: Path, options: ImportOptions | None = None) -> Run:
         model = describe(tensors, settings)
     except MlcError as error:
         raise MlcError(f"{path}: {error}") from None
+    if options.signed_scales and not model.official.abn:
+        raise MlcError(
+            f"{path}: --signed-scales is of models with InPlaceABN, TResNets, got a backbone "
+            f"{model.backbone}; leave it out"
+        )
     classes = _class_names(model.size.classes, options.classes)
     about = _about(path, model, settings, classes, options)
-    name = _official_name(model)
+    name = _official_name(model, classes)
     out = options.out
     if out is None:
         out = Path("runs") / f"{name or f'q2l-{model.backbone}-{model.size_px}'}-{about['digest']}"
@@ -122,18 +139,21 @@ def write_official(run: Run, path: Path) -> None:
 
     Raises:
         MlcError: the run was trained here, or its backbone is of no official file any more, see
-            ``extract.query2label.to_official``.
+            ``extract.query2label.to_official``; or the file cannot be written.
     """
     file = read_backbone_file(run.path / BACKBONE) if run.is_imported else None
     if file is None:
         raise MlcError(f"{run.path}: is no imported checkpoint, with its backbone in the folder")
-    backbone = backbone_to_official(run.results[CHECKPOINT]["backbone"], file.tensors())
+    about = run.results[CHECKPOINT]
+    backbone = backbone_to_official(
+        about["backbone"], file.tensors(), signed_scales=about["signed_scales"]
+    )
     grid = run.results["features"]["grid"]
     state = head_to_official(run.head().state_dict())
     width = state["query_embed.weight"].shape[1]
     tensors = {OF_BACKBONE + name: each for name, each in backbone.items()}
     tensors |= {POSITION: position_code((grid[0], grid[1]), width), **state}
-    with written_aside(path) as partial:
+    with written_aside(path) as partial, _saving(path):
         torch.save({"state_dict": tensors}, partial)
 
 
@@ -150,11 +170,13 @@ def _write_weights(
     except MlcError as error:
         raise MlcError(f"{path}: does not fit a model of {model.backbone}: {error}") from None
     # Tensors of a file that is mapped are written as copies.
-    safetensors.torch.save_file({name: each.clone() for name, each in head.items()}, folder / HEAD)
+    copies = {name: each.clone() for name, each in head.items()}
     architecture = resolve_name(model.official.backbone).partition(".")[0]
     licence = f"unknown, see where {path.name} is from"
     file = BackboneFile(folder / BACKBONE, architecture, model.mean, model.std, licence)
-    write_backbone_file(file, backbone)
+    with _saving(folder.parent):
+        safetensors.torch.save_file(copies, folder / HEAD)
+        write_backbone_file(file, backbone)
     config = model.backbone_config.model_copy(update={"weights": file.path, **REFERENCE})
     loaded = load_backbone(config, batch_size=1)
     layer = loaded.key.layers[0]
@@ -165,6 +187,18 @@ def _write_weights(
             f"{model.size.grid}, its backbone gives {width} on {grid}"
         )
     return loaded
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Make one sentence of what the libraries that save tensors raise on a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise MlcError(
+            f"{path}: cannot be written ({reason}); see that the disk has room, and try again"
+        ) from None
 
 
 def _features(model: OfficialModel, backbone: Backbone) -> dict[str, Any]:
@@ -195,10 +229,20 @@ def _class_names(count: int, given: tuple[str, ...] | None) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(count))
 
 
-def _official_name(model: OfficialModel) -> str | None:
-    if model.size.classes != len(COCO_CLASSES):
+def _official_name(model: OfficialModel, classes: tuple[str, ...]) -> str | None:
+    """Return which of the released models it is by all of its sizes, or None."""
+    name, config = NAMES.get((model.backbone, model.size_px)), model.config
+    if name is None or classes != COCO_CLASSES:
         return None
-    return NAMES.get((model.backbone, model.size_px))
+    found = (
+        config.hidden_dim,
+        config.ffn_dim,
+        config.encoder_layers,
+        config.decoder_layers,
+        config.self_attention,
+        config.input_projection,
+    )
+    return name if found == (model.size.width, FFN_DIMS[name], 1, 2, "none", False) else None
 
 
 def _about(

@@ -19,6 +19,7 @@ from mlc.heads.query2label import ATTENTION_HEADS
 HEAD = "q2l"  # of HEADS
 BACKBONE, POSITION = "backbone.0.", "backbone.1.pe"  # how names of tensors begin
 THRESHOLD = 0.823  # gives the paper's CP to OF1 of the released Q2L-R101-448
+RELEASED = {"enc_layers": 1, "dec_layers": 2}  # of all six; a file may lack layers
 SINE = ("sine", "v2")  # two names of one position code
 # A tensor that an official backbone has and no other one, and its shape.
 MARKS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -95,6 +96,7 @@ def describe(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Offi
         raise MlcError(f"{POSITION}: images here are squares, got a grid of {grid[0]} x {grid[1]}")
     found = seen | {"backbone": backbone, "img_size": grid[0] * official.stride}
     _require_agreement(found, settings)
+    _require_whole(seen, settings)
     projection = tensors.get("input_proj.weight")
     width = seen["hidden_dim"]
     if projection is not None and projection.ndim == 4:
@@ -232,6 +234,24 @@ def _require_agreement(found: Mapping[str, Any], settings: Mapping[str, Any]) ->
     ]
     if contradictions:
         raise MlcError(f"{'; '.join(contradictions)}; pass the JSON of this checkpoint, or none")
+
+
+def _require_whole(seen: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a head without classes or layers, and one of other layers that nobody asked for."""
+    for field in ("dec_layers", "num_class", "hidden_dim", "dim_feedforward"):
+        if seen[field] < 1:
+            raise MlcError(f"{field}: should be at least 1, got {seen[field]}; pass a whole file")
+    others = [
+        f"{field}: should be {count} as in the released models, got {seen[field]}"
+        for field, count in RELEASED.items()
+        if seen[field] != count and field not in settings
+    ]
+    if others:
+        names = " and ".join(each.partition(":")[0] for each in others)
+        raise MlcError(
+            f"{'; '.join(others)}; if the file is not cut short, say so with {names} in the JSON "
+            "of --config-json"
+        )
 
 
 def _normalisation(

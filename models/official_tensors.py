@@ -14,7 +14,7 @@ from mlc.heads.query2label import from_official as head_from_official
 from mlc.heads.query2label import to_official as head_to_official
 from mlc.models.official_layout import BACKBONE, HEAD, POSITION, OfficialModel
 
-POSITION_TOLERANCE = 1e-4
+POSITION_TOLERANCE = 1e-4  # beside the rounding of a file of half precision
 
 
 def split_tensors(
@@ -89,16 +89,18 @@ def _misfits(
         for name, each in tensors.items()
         if name in shapes and tuple(each.shape) != shapes[name]
     ]
+    integers = [name for name, each in tensors.items() if not each.is_floating_point()]
     kinds = {
         "missing": [name for name in shapes if name not in tensors],
         "unknown": [name for name in tensors if name not in shapes],
         "of another shape": reshaped,
+        "of integers": [name for name in integers if name in shapes],
     }
     found = [f"{len(names)} {kind} ({', '.join(names)})" for kind, names in kinds.items() if names]
     code = tensors.get(POSITION)
-    if code is not None and tuple(code.shape) == shapes[POSITION]:
+    if code is not None and POSITION not in integers and tuple(code.shape) == shapes[POSITION]:
         own = position_code(model.size.of_grid(), code.shape[1])
         largest = float((code.float() - own).abs().max())
-        if largest > POSITION_TOLERANCE:
+        if largest > POSITION_TOLERANCE + torch.finfo(code.dtype).eps / 2:
             found.append(f"{POSITION} is no sine position code, it is off by {largest:.2g}")
     return found

@@ -18,7 +18,7 @@ from mlc.configs.progress import Progress, silent
 from mlc.datasets.images import find_images
 from mlc.datasets.labels import class_columns
 from mlc.extract.backbone import Backbone, BackboneConfig, load_backbone
-from mlc.extract.config import worker_count
+from mlc.extract.config import EACH, worker_count
 from mlc.extract.engines import AUTO
 from mlc.extract.shards import batches_of
 from mlc.extract.stream import stream_features
@@ -116,11 +116,16 @@ def load_whole(run: Run, weights: Path | None = None, device: str = "auto") -> W
 
 
 def backbone_flags(run: Run, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return flags of an extraction that has a run's backbone make what its head reads.
+    """Return values of an extraction that has a run's backbone make what its head reads.
 
     Args:
         run: any run whose features a backbone here made, an imported checkpoint too.
-        flags: as given; they win, but for those that say which backbone it is.
+        flags: what is asked beside it, in a recipe or by flags; they win, but for those that say
+            which backbone it is.
+
+    Returns:
+        Values by field for ``load_each``; the run's own of the fields EACH are lists of one item,
+        as a licence or a path can have commas.
 
     Raises:
         MlcError: it was trained on imported features, or a flag names another backbone.
@@ -133,6 +138,7 @@ def backbone_flags(run: Run, flags: Mapping[str, Any]) -> dict[str, Any]:
     stored = current_key(run.results["features"]["key"])
     kind = choose(HEADS, run.config.head, "head").reads
     own = {name: settings[name] for name in settings if name not in OF_THE_MACHINE}
+    own |= {name: [own[name]] for name in EACH if own.get(name) is not None}
     own |= {
         "layers": (run.config.layer or stored["layers"][0],),
         "features": (f"{kind}:{feature_dtypes(stored['features'])[kind]}",),

@@ -16,6 +16,7 @@ from mlc.datasets.images import find_images
 from mlc.datasets.labels import class_columns
 from mlc.extract.images import as_shown, open_image, read_file, squash
 from mlc.extract.views import VIEWS
+from mlc.heads.run_folder import Run
 from mlc.models.attention import WHOLE, attention_maps, cell_centres, peak_of
 from mlc.models.whole import WholeModel
 from mlc.report.console import print_table
@@ -56,10 +57,9 @@ def write_attention(
         How many pictures were written, and the reason by file of each image that could not be.
 
     Raises:
-        MlcError: no images there, an unknown class, or see ``attention_maps``.
+        MlcError: see ``check_pictures`` and ``attention_maps``.
     """
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise MlcError(f"out: {out} is within {folder}, whose photos are drawn; name another")
+    check_pictures(model.run, folder, out, labels)
     columns = None if labels is None else class_columns(model.run.classes, labels)
     files = find_images(folder)
     bad: dict[str, str] = {}
@@ -80,6 +80,21 @@ def write_attention(
             with written_aside(out / f"{name}.png") as partial:
                 picture.save(partial, "PNG")
     return len(files) - len(bad), bad
+
+
+def check_pictures(run: Run, folder: Path, out: Path, labels: Sequence[str] | None = None) -> None:
+    """Refuse what can be seen to be wrong with pictures before the model is loaded.
+
+    Raises:
+        MlcError: no images there, an unknown class, or pictures that would be among the photos.
+    """
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise MlcError(f"out: {out} is within {folder}, whose photos are drawn; name another")
+    if out.is_file():
+        raise MlcError(f"out: {out} is a file; name a folder")
+    if labels is not None:
+        class_columns(run.classes, labels)
+    find_images(folder)
 
 
 def seen_by(model: WholeModel, file: Path) -> Image.Image:

@@ -68,9 +68,8 @@ def grids_of(runs: Sequence[Run]) -> dict[str, Grid]:
     grids: dict[str, Grid] = {}
     for run in runs:
         config = run.config
-        tuned = ((config.lr, config.batch_size, config.weight_decay),)
-        own = Grid() if is_full_batch(run) or run.is_imported else Grid(tuned)
-        grids[method_of(run)] = grids.get(method_of(run), Grid()) | own
+        own = () if is_full_batch(run) else ((config.lr, config.batch_size, config.weight_decay),)
+        grids[method_of(run)] = grids.get(method_of(run), Grid()) | Grid(own)
     return grids
 
 

@@ -15,6 +15,7 @@ from mlc.heads.metrics import precision_recall, top_k
 from mlc.heads.run_folder import Run
 from mlc.heads.train import probabilities
 from mlc.report.table import Report, Row
+from mlc.report.written import SELECTED_ON_TEST
 
 OFFICIAL = "official"  # of results.json: which of PAPER an imported checkpoint is
 HEAD = "q2l"  # the head of HEADS that the paper is about
@@ -30,6 +31,8 @@ class Published:
 
     Attributes:
         backbones: architectures that are its backbone, as the keys of features name them.
+        weights: full names of the backbone with the pretrained weights that it started from;
+            empty if these are in no library.
         size_px: side of the square input.
         mean_ap: its mAP.
         above: its CP, CR, CF1, OP, OR and OF1.
@@ -37,6 +40,7 @@ class Published:
     """
 
     backbones: tuple[str, ...]
+    weights: tuple[str, ...]
     size_px: int
     mean_ap: float
     above: tuple[float, ...]
@@ -44,15 +48,28 @@ class Published:
 
 
 R101 = ("resnet101", "torchvision:resnet101")
+R101_WEIGHTS = ("resnet101.tv_in1k", "torchvision:resnet101.IMAGENET1K_V1")
+FINETUNED = ", fine-tuned"  # after the name of a backbone that was trained on
 PAPER = {
     "Q2L-R101-448": Published(
-        R101, 448, 84.9, (84.8, 74.5, 79.3, 86.6, 76.9, 81.5), (78.0, 69.1, 73.3, 80.7, 70.8, 75.4)
+        R101,
+        R101_WEIGHTS,
+        448,
+        84.9,
+        (84.8, 74.5, 79.3, 86.6, 76.9, 81.5),
+        (78.0, 69.1, 73.3, 80.7, 70.8, 75.4),
     ),
     "Q2L-R101-576": Published(
-        R101, 576, 86.5, (85.8, 76.7, 81.0, 87.0, 78.9, 82.8), (90.4, 66.3, 76.5, 92.4, 67.9, 78.3)
+        R101,
+        R101_WEIGHTS,
+        576,
+        86.5,
+        (85.8, 76.7, 81.0, 87.0, 78.9, 82.8),
+        (90.4, 66.3, 76.5, 92.4, 67.9, 78.3),
     ),
     "Q2L-TResL-448": Published(
         ("tresnet_l",),
+        ("tresnet_l.miil_in1k_448",),
         448,
         87.3,
         (87.6, 76.5, 81.6, 88.4, 78.5, 83.1),
@@ -60,6 +77,7 @@ PAPER = {
     ),
     "Q2L-TResL_22k-448": Published(
         ("tresnet_v2_l",),
+        ("tresnet_v2_l.miil_in21k",),
         448,
         89.2,
         (86.3, 81.4, 83.8, 86.5, 83.3, 84.9),
@@ -67,6 +85,7 @@ PAPER = {
     ),
     "Q2L-SwinL-384": Published(
         ("swin_large_patch4_window12_384",),
+        ("swin_large_patch4_window12_384.ms_in22k",),
         384,
         90.5,
         (89.4, 81.7, 85.4, 89.8, 83.2, 86.4),
@@ -74,6 +93,7 @@ PAPER = {
     ),
     "Q2L-CvT_w24-384": Published(
         ("cvt_w24",),
+        (),
         384,
         91.3,
         (88.8, 83.2, 85.9, 89.2, 84.6, 86.8),
@@ -245,8 +265,7 @@ def _reasons(row: Row, name: str, images: int) -> list[str]:
             f"CP to OF1 are at threshold {THRESHOLD}, which is known to be the paper's for "
             "Q2L-R101-448 alone."
         )
-    reasons += _of_training(run)
-    return reasons
+    return reasons if OFFICIAL in run.results else [*reasons, *_of_training(run, PAPER[name])]
 
 
 def _of_images(images: int) -> list[str]:
@@ -260,12 +279,28 @@ def _of_images(images: int) -> list[str]:
     return [f"{images:,} test images, not val2014's {IMAGES:,}: no figure compares."]
 
 
-def _of_training(run: Run) -> list[str]:
-    classes = run.config.classes
-    reasons = [] if classes is None else [f"{len(classes)} of the classes."]
-    if OFFICIAL in run.results:
-        return reasons
-    return [*reasons, "The head was trained here on fixed features, not end to end."]
+def _of_training(run: Run, paper: Published) -> list[str]:
+    """Return what can make a run differ that was trained here."""
+    config = run.config
+    reasons = [] if config.classes is None else [f"{len(config.classes)} of the classes."]
+    if not run.is_finetuned:
+        reasons.append("The head was trained here on fixed features, not end to end.")
+    if run.results.get("selected_on") == "test":
+        reasons.append(f"{SELECTED_ON_TEST} The paper's were selected on val2014 too.")
+    if config.labels not in (None, "full"):
+        reasons.append(f"Trained on {config.labels} labels, the paper's on all of them (full).")
+    return [*reasons, *_of_weights(run, paper)]
+
+
+def _of_weights(run: Run, paper: Published) -> list[str]:
+    """Return what other pretrained weights of the backbone can do."""
+    made = run.results["features"]["backbone"].removesuffix(FINETUNED)
+    if not paper.weights or made in paper.weights:
+        return []
+    reason = f"The backbone started as {made}, the paper's as {' or '.join(paper.weights)}."
+    if paper.backbones == R101:
+        reason += " In a reproduction torchvision's IMAGENET1K_V2 made 2.7 mAP more than V1."
+    return [reason]
 
 
 def _about_the_paper(names: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ def to_records(report: Report) -> list[dict[str, str]]:
             **row.name,
             **{name: value for name, value in row.tuned.items() if name not in silent},
             "seeds": str(row.seeds),
-            "val mAP": f"{row.val:.2f}",
+            "val mAP": "" if np.isnan(row.val) else f"{row.val:.2f}",
             "test mAP": f"{row.test:.2f}",
             "std": deviation_text(row),
             "to best": f"{row.behind.value:+.2f}" if index else "best",

@@ -1,5 +1,6 @@
 """A run on a store: of its own layer, and in its own views unless others are asked for."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 
 from mlc.configs.errors import MlcError
-from mlc.datasets.labels import save_labels
+from mlc.datasets.labels import LabelTable, save_labels
+from mlc.datasets.source import DataConfig, read_images
 from mlc.heads.config import TrainConfig
-from mlc.heads.evaluate import evaluate_on_store
+from mlc.heads.evaluate import evaluate_on_store, labels_of_run
 from mlc.heads.fit import fit, prepare, read_inputs
 from mlc.heads.inputs import LabelsConfig, read_features
 from mlc.heads.metrics import mean_ap
@@ -103,3 +105,59 @@ def test_a_store_that_lacks_what_a_head_reads_is_refused(store: Path, tmp_path: 
     assert evaluate_on_store(run, LabelsConfig(features=few, eval_views="first"))
     with pytest.raises(MlcError, match="has no layer 'other'"):
         evaluate_on_store(run, LabelsConfig(features=made_store.write(tmp_path)))
+
+
+# --- classes of a table and of a run -------------------------------------------------------------
+
+
+def run_of(*classes: str) -> Run:
+    return Run(Path("runs/made"), TrainConfig(), {"classes": list(classes)})
+
+
+def csv_table(folder: Path) -> LabelTable:
+    path = folder / "photos.csv"
+    path.write_text("file,labels\na.jpg,cat\nb.jpg,dog\n")
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).touch()
+    return read_images(DataConfig(data=str(path))).labels
+
+
+def json_table(folder: Path) -> LabelTable:
+    categories = [{"id": index, "name": name} for index, name in enumerate(("cat", "dog", "cow"))]
+    images = [{"id": index, "file_name": f"{index}.jpg"} for index in range(2)]
+    annotations = [{"id": i, "image_id": i, "category_id": i} for i in range(2)]
+    for image in images:
+        (folder / str(image["file_name"])).touch()
+    path = folder / "photos.json"
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+    return read_images(DataConfig(data=str(path))).labels
+
+
+def test_a_class_that_no_row_of_a_csv_lists_has_no_positive(tmp_path: Path) -> None:
+    table = labels_of_run(run_of("cow", "dog"), csv_table(tmp_path), "all")
+    assert table.targets().tolist() == [[False, False], [False, True]]
+
+
+def test_a_csv_of_other_classes_is_refused(tmp_path: Path) -> None:
+    names = [f"bird {index}" for index in range(7)]
+    with pytest.raises(MlcError) as error:
+        labels_of_run(run_of(*names), csv_table(tmp_path), "all")
+    assert str(error.value) == (
+        "csv-photos: shares no class with runs/made, got cat, dog where the run has bird 0, "
+        "bird 1, bird 2, bird 3, bird 4, ...; name them alike"
+    )
+
+
+def test_a_json_lists_all_its_categories(tmp_path: Path) -> None:
+    table = json_table(tmp_path)
+    assert labels_of_run(run_of("cow", "cat"), table, "all").targets().any(axis=0).tolist() == [
+        False,
+        True,
+    ]
+    with pytest.raises(MlcError) as error:
+        labels_of_run(run_of("cat", "Cow"), table, "all")
+    assert str(error.value) == (
+        "json-photos: 1 of the 2 classes of runs/made are no categories of it (Cow), got cat, "
+        "dog, cow; name them alike"
+    )

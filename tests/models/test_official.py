@@ -1,11 +1,13 @@
 """Official checkpoints: a small made-up one in every respect, the six real ones on request."""
 
 import json
+import re
 import resource
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mlc.cli import main
+from mlc.configs import load_each
 from mlc.configs.errors import MlcError
-from mlc.extract import engines
+from mlc.extract import engines, query2label
 from mlc.extract.backbone import load_backbone
-from mlc.extract.config import ExtractConfig
+from mlc.extract.config import EACH, ExtractConfig
 from mlc.extract.query2label import BACKBONES, OfficialBackbone
 from mlc.extract.run import extract
 from mlc.heads.decoder import DecoderConfig
@@ -35,7 +39,13 @@ from mlc.heads.run_folder import Run, read_run
 from mlc.heads.train import probabilities
 from mlc.models import official_layout
 from mlc.models.evaluate import evaluate_checkpoint, evaluate_run
-from mlc.models.official import NAMES, ImportOptions, import_checkpoint, write_official
+from mlc.models.official import (
+    FFN_DIMS,
+    NAMES,
+    ImportOptions,
+    import_checkpoint,
+    write_official,
+)
 from mlc.models.official_tensors import position_code
 from mlc.models.whole import backbone_flags, load_whole, predict
 from mlc.report.query2label_paper import PAPER
@@ -70,6 +80,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     monkeypatch.setitem(official_layout.MARKS, "tiny", MARK)
     monkeypatch.setitem(NAMES, ("tiny", SIZE_PX), "Q2L-tiny-64")
+    monkeypatch.setitem(FFN_DIMS, "Q2L-tiny-64", 40)
     monkeypatch.setattr(engines, "PREFERENCE", ("torch",))  # the others take seconds to build
 
 
@@ -116,6 +127,11 @@ def checkpoint(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
 @pytest.fixture
 def run(tmp_path: Path, checkpoint: Path) -> Run:
     return import_checkpoint(checkpoint, ImportOptions(out=tmp_path / "run", classes=CLASSES))
+
+
+def extraction_of(run: Run, **flags: Any) -> ExtractConfig:
+    (config,) = load_each(ExtractConfig, "extract", EACH, flags=backbone_flags(run, flags))
+    return config
 
 
 @pytest.fixture
@@ -172,16 +188,50 @@ def test_a_run_folder_says_what_it_is(run: Run) -> None:
     assert names == {"config.yaml", "head.safetensors", "backbone.safetensors", "results.json"}
 
 
+def of_80_classes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    width = tensors["query_embed.weight"].shape[1]
+    return tensors | {
+        "query_embed.weight": torch.randn(80, width),
+        "fc.W": torch.randn(1, 80, width),
+        "fc.b": torch.randn(1, 80),
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_dim": 32, "input_projection": True},
+        {"ffn_dim": 48},
+        {"encoder_layers": 2},
+        {"decoder_layers": 1},
+        {"self_attention": "first"},
+    ],
+)
+def test_a_head_of_other_sizes_is_not_the_official_one(
+    tmp_path: Path, sizes: dict[str, Any]
+) -> None:
+    path = save(tmp_path / "c.pkl", of_80_classes(made(sizes.pop("hidden_dim", WIDTH), **sizes)))
+    layers = {f"{kind[:3]}_layers": sizes.get(f"{kind}_layers") for kind in ("encoder", "decoder")}
+    settings = tmp_path / "config_new.json"
+    settings.write_text(json.dumps({name: each for name, each in layers.items() if each}))
+    run = import_checkpoint(path, ImportOptions(settings, tmp_path / "run"))
+    assert (run.results["official"], len(run.classes)) == (None, 80)
+
+
+def test_a_head_of_80_other_classes_is_not_the_official_one(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    path = save(tmp_path / "c.pkl", of_80_classes(tensors))
+    others = tuple(f"bird {index}" for index in range(80))
+    run = import_checkpoint(path, ImportOptions(out=tmp_path / "run", classes=others))
+    assert (run.results["official"], run.results["dataset"]) == (None, None)
+
+
 def test_names_of_folder_model_and_classes_are_those_of_the_official_one(
     tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    wide = tensors | {
-        "query_embed.weight": torch.randn(80, WIDTH),
-        "fc.W": torch.randn(1, 80, WIDTH),
-        "fc.b": torch.randn(1, 80),
-    }
-    run = import_checkpoint(save(tmp_path / "checkpoint.pkl", wide))
+    run = import_checkpoint(save(tmp_path / "checkpoint.pkl", of_80_classes(tensors)))
     assert run.results["official"] == "Q2L-tiny-64"
     assert run.results["dataset"] == "coco"
     assert (run.classes[0], run.classes[79], len(run.classes)) == ("person", "toothbrush", 80)
@@ -205,6 +255,10 @@ def test_all_six_have_the_names_of_the_papers_table() -> None:
     for (backbone, size_px), name in own.items():
         assert PAPER[name].size_px == size_px
         assert BACKBONES[backbone].backbone.partition(".")[0] in PAPER[name].backbones
+        assert {BACKBONES[backbone].backbone} <= {*PAPER[name].weights, "cvt_w24"}
+        keys = golden.load(f"q2l/{name}.json")["keys"]
+        layer = "transformer.decoder.layers.0.linear1.weight"
+        assert keys[layer][0] == [FFN_DIMS[name], keys["query_embed.weight"][0][1]]
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
@@ -242,9 +296,15 @@ def test_files_of_before_zip_open_too(tmp_path: Path, tensors: dict[str, Tensor]
 )
 def test_other_heads_are_known_by_their_tensors(tmp_path: Path, sizes: dict[str, Any]) -> None:
     tensors = made(**sizes)
-    run = import_checkpoint(
-        save(tmp_path / "checkpoint.pkl", tensors), ImportOptions(out=tmp_path / "run")
-    )
+    path = save(tmp_path / "checkpoint.pkl", tensors)
+    options = ImportOptions(out=tmp_path / "run")
+    if sizes.keys() & {"encoder_layers", "decoder_layers"}:
+        layers = {"enc_layers": sizes.get("encoder_layers", 1), "dec_layers": 1}
+        layers["dec_layers"] = sizes.get("decoder_layers", 2)
+        settings = tmp_path / "config_new.json"
+        settings.write_text(json.dumps(layers))
+        options = replace(options, config_json=settings)
+    run = import_checkpoint(path, options)
     config = run.config.model_dump()
     assert config["hidden_dim"] == sizes.pop("width", WIDTH)
     projects = "input_proj.weight" in tensors
@@ -306,9 +366,10 @@ def test_the_folder_can_be_moved_and_predicts(
 def test_its_head_on_cached_tokens_gives_the_logits_of_the_whole(
     tmp_path: Path, run: Run, photos: Path
 ) -> None:
-    flags = backbone_flags(run, {"features": "tokens:float32", "data": str(photos), "out": None})
-    assert flags["features"] == "tokens:float32"
-    store = extract(ExtractConfig(**flags | {"out": tmp_path / "s.zarr", "device": "cpu"})).path
+    asked = {"features": "tokens:float32", "data": str(photos), "device": "cpu"}
+    config = extraction_of(run, **asked, out=tmp_path / "s.zarr")
+    assert config.features == ("tokens:float32",)
+    store = extract(config).path
     with FeatureStore(store) as opened:
         tokens = torch.from_numpy(opened.features(kind="tokens").read_all())
         key, files = opened.key, [photos.parent / name for name in opened.image_id.tolist()]
@@ -324,9 +385,9 @@ def test_its_head_on_cached_tokens_gives_the_logits_of_the_whole(
 
 
 def test_it_is_evaluated_on_a_store_of_its_backbone(tmp_path: Path, run: Run, photos: Path) -> None:
-    flags = backbone_flags(run, {"data": str(photos), "device": "cpu"})
-    assert flags["features"] == ("tokens:float16",)
-    store = extract(ExtractConfig(**flags | {"out": tmp_path / "s.zarr"})).path
+    config = extraction_of(run, data=str(photos), device="cpu", out=tmp_path / "s.zarr")
+    assert config.features == ("tokens:float16",)
+    store = extract(config).path
     on_store, _ = evaluate_run(run, {"features": store}, device="cpu")
     on_images, _ = evaluate_run(run, {"data": str(photos)}, device="cpu")
     assert on_store["images"] == on_images["images"] == 4
@@ -341,9 +402,45 @@ def test_another_backbone_beside_a_runs_is_refused(run: Run) -> None:
 
 def test_another_backbones_weights_do_not_load(run: Run) -> None:
     for name in ("test_vit", "test_efficientnet"):
-        config = backbone_flags(run, {}) | {"backbone": name, "device": "cpu"}
+        config = extraction_of(run, device="cpu").model_copy(update={"backbone": name})
         with pytest.raises(MlcError, match=rf"are of test_resnet, got backbone {name}; name"):
-            load_backbone(ExtractConfig(**config))
+            load_backbone(config)
+
+
+def test_its_backbone_is_cached_by_the_command_line(
+    tmp_path: Path, run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its licence has a comma, which parts several backbones elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    command = ("extract", "--backbone-of", "run", "--data", str(photos), "--device", "cpu")
+    (tmp_path / "fast.yaml").write_text("decode: fast\n")
+    main([*command, "--out", "s.zarr"])
+    main([*command, "--out", "set.zarr", "--set", "decode=fast"])
+    main([*command, "--out", "recipe.zarr", "--config", "fast.yaml"])
+    decodes = {}
+    for name in ("s", "set", "recipe"):
+        with FeatureStore(tmp_path / f"{name}.zarr") as opened:
+            decodes[name] = opened.key["decode"]
+            assert opened.key["weights"] == run.results["features"]["key"]["weights"]
+            assert opened.made_by["weights_licence"] == "unknown, see where checkpoint.pkl is from"
+    assert decodes["set"] == decodes["recipe"] != decodes["s"]
+
+
+@pytest.mark.parametrize(
+    "asked", [("--set", "backbone=resnet18"), ("--set", "weights=x.pth"), ("--config", "r.yaml")]
+)
+def test_another_backbone_in_a_recipe_is_refused_too(
+    tmp_path: Path,
+    run: Run,
+    asked: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text("backbone: resnet18\n")
+    with pytest.raises(SystemExit):
+        main(["extract", "--backbone-of", str(run.path), *asked])
+    assert re.search(r"(backbone|weights): got \S+ beside the backbone of", capsys.readouterr().err)
 
 
 def test_without_scores_a_report_is_one_sentence(run: Run) -> None:
@@ -438,6 +535,89 @@ def test_another_position_code_is_refused(tmp_path: Path, tensors: dict[str, Ten
     assert "backbone.1.pe is no sine position code" in refused(save(tmp_path / "c.pkl", turned))
     near = tensors | {"backbone.1.pe": code + 5e-5}
     import_checkpoint(save(tmp_path / "d.pkl", near), ImportOptions(out=tmp_path / "run"))
+
+
+def test_half_precision_is_rounded_and_read(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        half = {name: each.to(dtype) for name, each in tensors.items()}
+        name = str(dtype).removeprefix("torch.")
+        run = import_checkpoint(
+            save(tmp_path / f"{name}.pkl", half), ImportOptions(out=tmp_path / name)
+        )
+        assert torch.equal(run.head().state_dict()["fc.b"], half["fc.b"].float())
+        code = tensors["backbone.1.pe"]
+        wrong = save(tmp_path / "wrong.pkl", half | {"backbone.1.pe": (code + 0.02).to(dtype)})
+        assert "backbone.1.pe is no sine position code" in refused(wrong)
+
+
+def test_integers_are_no_weights(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    names = ("fc.b", "backbone.1.pe", "backbone.0.body.layer1.0.bn1.weight")
+    rounded = {name: tensors[name].long() for name in names}
+    message = refused(save(tmp_path / "c.pkl", tensors | rounded))
+    assert "2 of integers (" in message
+    assert "1 of integers (body.layer1.0.bn1.weight)" in message
+
+
+@pytest.mark.parametrize(
+    ("prefix", "sentence"),
+    [
+        ("transformer.decoder.", "dec_layers: should be at least 1, got 0; pass a whole file"),
+        ("transformer.encoder.", "enc_layers: should be 1 as in the released models, got 0; if"),
+        ("transformer.decoder.layers.1.", "dec_layers: should be 2 as in the released mo"),
+    ],
+)
+def test_a_file_that_lacks_whole_layers_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor], prefix: str, sentence: str
+) -> None:
+    cut = {name: each for name, each in tensors.items() if not name.startswith(prefix)}
+    message = refused(save(tmp_path / "c.pkl", cut))
+    assert sentence in message
+    if "released" in sentence:
+        assert message.endswith("in the JSON of --config-json")
+
+
+def test_a_file_without_classes_is_refused(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    none = {"query_embed.weight": (0, WIDTH), "fc.W": (1, 0, WIDTH), "fc.b": (1, 0)}
+    empty = tensors | {name: torch.zeros(shape) for name, shape in none.items()}
+    message = refused(save(tmp_path / "c.pkl", empty))
+    assert "num_class: should be at least 1, got 0" in message
+
+
+def test_scales_with_signs_are_written_as_they_were(
+    tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query2label, "SCALE", re.compile(r"bn1\.weight$"))
+    monkeypatch.setitem(BACKBONES, "tiny", replace(TINY, abn=True))
+    name = "backbone.0.body.layer1.0.bn1.weight"
+    negative = tensors | {name: -tensors[name]}
+    options = ImportOptions(out=tmp_path / "run", signed_scales=True)
+    run = import_checkpoint(save(tmp_path / "c.pkl", negative), options)
+    write_official(run, tmp_path / "again.pkl")
+    same(torch.load(tmp_path / "again.pkl")["state_dict"], negative)
+
+
+def test_signed_scales_of_another_backbone_are_refused(checkpoint: Path) -> None:
+    message = refused(checkpoint, signed_scales=True)
+    assert "--signed-scales is of models with InPlaceABN, TResNets, got a backbone tiny" in message
+
+
+@contextmanager
+def a_full_disk(room: int) -> Iterator[None]:
+    """No file can be longer than this many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, checkpoint: Path, run: Run) -> None:
+    with a_full_disk(20_000):
+        assert f"{tmp_path}: cannot be written (" in refused(checkpoint)
+        with pytest.raises(MlcError, match=r"again.pkl: cannot be written \(.*has room, and try"):
+            write_official(run, tmp_path / "again.pkl")
+    assert not list(tmp_path.glob("*again*"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -554,8 +734,7 @@ def test_logits_are_those_of_the_authors_code(tmp_path: Path, name: str) -> None
     path = save(tmp_path / "checkpoint.pkl", {"state_dict": official_weights.weights(name)})
     run = import_checkpoint(path, ImportOptions(out=tmp_path / "run"))
     assert run.results["official"] == name
-    settings = backbone_flags(run, {"device": "cpu", "engine": "torch", "out": tmp_path / "s"})
-    backbone = load_backbone(ExtractConfig(**settings), batch_size=1)
+    backbone = load_backbone(extraction_of(run, device="cpu", engine="torch"), batch_size=1)
     assert backbone.key.weights == run.results["features"]["key"]["weights"]
     size_px, head, logits = values["img_size"], run.head(), []
     assert backbone.key.size_px == size_px
@@ -590,9 +769,8 @@ def cached_and_whole(run: Run, folder: Path) -> float:
     """How far its head on float32 tokens of a store is from the whole model, relative, at most."""
     table = pictures.write_data(folder / "photos", bad=False)
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:3]))
-    flags = backbone_flags(run, {"data": str(table), "features": "tokens:float32"})
-    flags |= {"device": "cpu", "out": folder / "store.zarr", "batch_size": 2}
-    store = extract(ExtractConfig(**flags)).path
+    asked = {"data": str(table), "features": "tokens:float32", "out": folder / "store.zarr"}
+    store = extract(extraction_of(run, **asked, device="cpu", batch_size=2)).path
     with FeatureStore(store) as opened:
         tokens = torch.from_numpy(opened.features(kind="tokens").read_all())
         files = [table.parent / name for name in opened.image_id.tolist()]

@@ -9,7 +9,7 @@ from made_runs import IMAGES, KEY, TRUE, logits_of, write
 
 from mlc.configs.errors import MlcError
 from mlc.heads.metrics import evaluate
-from mlc.heads.run_folder import Run
+from mlc.heads.run_folder import FINETUNE, Run
 from mlc.heads.train import probabilities
 from mlc.report import query2label_paper
 from mlc.report.query2label_paper import (
@@ -231,3 +231,64 @@ def test_average_pooling_is_there_for_the_backbones_that_have_it(tmp_path: Path)
     assert text.endswith("the paper has mAP 89.6 for Q2L-SwinL-384.")
     assert "average pooling" not in note_of(tmp_path / "other", 40_504)
     assert query2label_paper.POOLED == {"Q2L-SwinL-384": 89.6, "Q2L-CvT_w24-384": 90.5}
+
+
+def own_note(folder: Path, weights: str = "resnet101.tv_in1k", **more: Any) -> str:
+    """The note of a head that was trained here and is otherwise the paper's."""
+    results = more.pop("results", {})
+    features = {"backbone": weights, "key": R101_KEY, "digest": "photos"}
+    run = made(
+        folder,
+        "own",
+        head="q2l",
+        **{"loss": "asl", "labels": "full", "key": R101_KEY} | more,
+        results=results | {"features": features},
+    )
+    return query2label_note(Report(**{**vars(report_of(run)), "images": 40_504}))
+
+
+def test_what_was_trained_here_as_the_paper_says_is_not_end_to_end_alone(tmp_path: Path) -> None:
+    lines = own_note(tmp_path).splitlines()
+    assert lines[1] == "The head was trained here on fixed features, not end to end."
+    assert lines[2].startswith("Top 3: ")
+
+
+def test_selection_on_test_is_a_reason_and_the_papers_too(tmp_path: Path) -> None:
+    text = own_note(tmp_path, results={"selected_on": "test"})
+    assert "such figures are too good. The paper's were selected on val2014 too.\n" in text
+
+
+def test_other_labels_are_a_reason(tmp_path: Path) -> None:
+    text = own_note(tmp_path, labels="single-positive")
+    assert "\nTrained on single-positive labels, the paper's on all of them (full).\n" in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_paper"),
+    [
+        ("resnet101.tv_in1k", True),
+        ("torchvision:resnet101.IMAGENET1K_V1", True),
+        ("resnet101.tv_in1k, fine-tuned", True),
+        ("torchvision:resnet101.IMAGENET1K_V2", False),
+        ("resnet101.a1h_in1k, fine-tuned", False),
+        ("resnet101 with random weights", False),
+    ],
+)
+def test_other_pretrained_weights_are_a_reason(
+    tmp_path: Path, weights: str, is_paper: bool
+) -> None:
+    text = own_note(tmp_path, weights)
+    name = weights.removesuffix(", fine-tuned")
+    reason = (
+        f"\nThe backbone started as {name}, the paper's as resnet101.tv_in1k or "
+        "torchvision:resnet101.IMAGENET1K_V1. In a reproduction torchvision's IMAGENET1K_V2 made "
+        "2.7 mAP more than V1.\n"
+    )
+    assert (reason in text) == (not is_paper)
+    assert ("2.7 mAP" in text) == (not is_paper)
+
+
+def test_what_was_fine_tuned_was_not_trained_on_fixed_features(tmp_path: Path) -> None:
+    run = made(tmp_path, "own", head="q2l", loss="asl", key=R101_KEY)
+    (run.path / FINETUNE).touch()
+    assert "fixed features" not in query2label_note(report_of(run))
