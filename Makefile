@@ -32,6 +32,7 @@ bench: $(READY)       ## the performance figures; needs an idle machine
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/full_batch.py
 	$(BIN)/python benchmarks/linear_column.py
+	$(BIN)/python benchmarks/fine_tuning.py
 
 clean:
 	rm -rf .venv .lint build dist *.egg-info

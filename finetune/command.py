@@ -94,4 +94,4 @@ def _resumed(config: FinetuneConfig, values: Mapping[str, Any], run: Path) -> Fi
             f"--resume: {run} is a training with other settings: {', '.join(changed)}; leave "
             "them out, or begin another with --out"
         )
-    return asked.model_copy(update={"out": config.out})
+    return asked.model_copy(update={"out": run})

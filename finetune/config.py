@@ -109,8 +109,10 @@ def check_finetune(config: FinetuneConfig) -> None:
     check_augment(config)
     if config.backbone_lr is not None:
         check_rate("backbone_lr", config.backbone_lr)
-    if config.workers is not None and config.workers < 1:
-        raise MlcError(f"workers: should be at least 1, got {config.workers}")
+    for name in ("workers", "size_px"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise MlcError(f"{name}: should be at least 1, got {value}")
     if config.schedule != "constant" and LOSSES[config.loss].has_estimator:
         raise MlcError(
             f"schedule: the label estimator of {config.loss} has a constant learning rate, got "

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mlc.configs.errors import MlcError
+from mlc.extract.backbone import resolve_name
 from mlc.finetune.config import OF_BACKBONE, OF_FEATURES, FinetuneConfig
 from mlc.finetune.model import ImageModel
 from mlc.heads.config import TrainConfig
@@ -21,7 +22,7 @@ from mlc.models.whole import backbone_settings
 OF_TRAINING = {"lr", "weight_decay", "batch_size", "epochs", "out", "device"} | set(
     RecipeConfig.model_fields
 )
-FIXED = ("backbone", "head", "layer", "classes")  # of the run, whatever is asked
+FIXED = ("backbone", "head", "layer")  # of the run, whatever is asked
 
 
 def init_flags(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,11 +39,13 @@ def init_flags(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     own = run.config.model_dump(mode="json", include=fields, exclude_defaults=True)
     made = backbone_settings(run)
     own |= {name: made[name] for name in OF_BACKBONE if made.get(name) is not None}
+    fixed = {"backbone": own["backbone"], "head": run.config.head, "layer": run.config.layer}
     for name in FIXED:
-        if given.get(name) is not None and name in own and given[name] != own[name]:
-            raise MlcError(
-                f"init: {run.path} has {name} {own[name]}, got {given[name]}; leave it out"
-            )
+        asked = given.get(name)
+        if asked is None or asked == fixed[name]:
+            continue
+        if name != "backbone" or resolve_name(asked) != resolve_name(fixed[name]):
+            raise MlcError(f"init: {run.path} has {name} {fixed[name]}, got {asked}; leave it out")
     return own | {name: value for name, value in given.items() if value is not None}
 
 

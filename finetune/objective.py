@@ -48,6 +48,11 @@ class Objective:
             self._before = (self.estimator.last_visit.clone(), self.estimator.steps)
             self._visits = self.estimator.schedule(batches)
 
+    def end_epoch(self) -> None:
+        """Take the epoch's visits as done: those of the next follow from them."""
+        if self.estimator is not None:
+            self._before = (self.estimator.last_visit.clone(), self.estimator.steps)
+
     def gradient(
         self, logits: Tensor, places: Tensor, good: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:

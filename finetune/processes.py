@@ -1,7 +1,7 @@
 """Processes: those that train one model together, as torchrun starts them, or this one alone."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -103,8 +103,3 @@ def joined_processes(device: str) -> Iterator[Processes]:
         yield Processes(chosen, distributed.get_rank(), count)
     finally:
         distributed.destroy_process_group()
-
-
-def parts_of(batch: Sequence[int] | NDArray[np.intp], size: int) -> list[slice]:
-    """Return slices that cut a batch into parts of a size, the last perhaps smaller."""
-    return [slice(start, start + size) for start in range(0, len(batch), size)]

@@ -26,7 +26,9 @@ from mlc.finetune.objective import Objective
 from mlc.finetune.prepare import PreparedImages, prepare_images
 from mlc.finetune.processes import Processes, joined_processes
 from mlc.finetune.saved import MAY_CHANGE, SavedState
-from mlc.finetune.train import Images, train, workers_of
+from mlc.finetune.scoring import Images, workers_of
+from mlc.finetune.steps import all_steps
+from mlc.finetune.train import train
 from mlc.finetune.training import FineTuning
 from mlc.heads.checkpoint import discard_checkpoint
 from mlc.heads.config import NOT_SETTINGS, TrainConfig, default_labels, settle_knobs
@@ -118,8 +120,7 @@ def finetune(
         model, objective = _build(resolved, images, processes.device)
         began_with = hash_weights(model.backbone)
         _require_enough(resolved, images, processes)
-        rows = images.prepared.splits["train"].observed
-        steps = config.epochs * max(1, len(rows) // config.batch_size)
+        steps = all_steps(config, len(images.files["train"]))
         tuning = FineTuning(resolved, model, objective, processes, steps)
         squares = Squares(
             model.network.size_px, config.interpolation or model.network.interpolation

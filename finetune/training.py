@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from mlc.configs.errors import MlcError
 from mlc.finetune.config import FinetuneConfig
 from mlc.finetune.loader import ImageBatch
 from mlc.finetune.model import ImageModel
@@ -95,17 +96,18 @@ class FineTuning:
         """
         # What dropout draws depends on the seed, the step, the part and the process alone.
         torch.manual_seed(stream_seed(self._config.seed, step, part.index, self._processes.rank))
-        self._model.train()
+        # A process without a good image runs a black one, as the others wait for its gradients; no
+        # BatchNorm is to count it.
+        self._model.train(bool(batch.good.any()))
         good = torch.from_numpy(batch.good).to(batch.pixels.device)
-        # A process without a good image runs a black one: the others wait for its gradients.
         seen = batch.pixels if batch.good.all() else batch.pixels[good]
         if not len(seen):
             seen = torch.zeros_like(batch.pixels[:1]) if len(batch.pixels) else _black(batch)
         with self._apart(part):
-            logits = self._run(seen)
+            logits = self._logits(seen)
             loss, gradient = self._gradient(part, logits, good, step_of_epoch)
             factor = self._config.loss_scale * self._processes.count * part.share
-            logits.backward(self._scaler.scale(gradient * factor))
+            logits.backward(self._scaler.scale(gradient * factor))  # type: ignore[no-untyped-call]
         share = loss * part.share
         self._loss += share
         return share
@@ -134,6 +136,16 @@ class FineTuning:
         mine = torch.from_numpy(self._processes.own(np.arange(len(places)))).to(logits.device)
         of_own = gradient[mine][good]
         return loss, of_own if len(of_own) else torch.zeros_like(logits)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self._run(pixels)
+        except ValueError as error:  # of a BatchNorm that sees one number of each channel
+            raise MlcError(
+                f"batch_size: {len(pixels)} images at once are too few ({error}); pass a larger "
+                "--batch-size or --micro-batch, or --set frozen_batch_norm=true"
+            ) from None
+        return logits
 
     def _apart(self, part: Part) -> AbstractContextManager[object]:
         """Have gradients summed over processes once for a step, with its last part."""
@@ -175,6 +187,7 @@ class FineTuning:
         if self.best.add(float(self._loss) / steps, logits, targets, states, more):
             estimates = self.objective.estimates()
             self.estimates = None if estimates is None else estimates.cpu()
+        self.objective.end_epoch()
         self._loss.zero_()
 
     def state(self) -> dict[str, Any]:

@@ -64,11 +64,12 @@ def best_settings(groups: Sequence[Group]) -> list[Group]:
 
 
 def grids_of(runs: Sequence[Run]) -> dict[str, Grid]:
-    """Return for each method what was tried, chosen or not; nothing of a full-batch solver."""
+    """Return for each method what was tried, chosen or not; nothing where there is no choice."""
     grids: dict[str, Grid] = {}
     for run in runs:
         config = run.config
-        own = () if is_full_batch(run) else ((config.lr, config.batch_size, config.weight_decay),)
+        still = is_full_batch(run) or run.is_imported
+        own = () if still else ((config.lr, config.batch_size, config.weight_decay),)
         grids[method_of(run)] = grids.get(method_of(run), Grid()) | Grid(own)
     return grids
 

@@ -210,7 +210,7 @@ def _of_knobs(row: Row, data: str) -> list[str]:
 
 
 def _of_grid(row: Row) -> list[str]:
-    if is_full_batch(row.runs[0]):
+    if not row.grid:
         return []
     tried = {(lr, batch) for lr, batch, _ in row.grid}
     rates, batches = (sorted(set(values)) for values in zip(*tried, strict=True))

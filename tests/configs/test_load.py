@@ -12,6 +12,7 @@ from mlc.configs import Config, dump, load, load_each, recipes
 from mlc.configs.errors import MlcError
 from mlc.datasets.prepare import PrepareConfig
 from mlc.extract.config import ExtractConfig
+from mlc.finetune.config import FinetuneConfig
 from mlc.heads.config import TrainConfig
 from mlc.heads.grid import SweepConfig
 from mlc.report.demo import DemoConfig
@@ -20,6 +21,7 @@ COMMANDS: dict[str, type[Config]] = {
     "data": PrepareConfig,
     "demo": DemoConfig,
     "extract": ExtractConfig,
+    "finetune": FinetuneConfig,
     "sweep": SweepConfig,
     "train-head": TrainConfig,
 }
