@@ -18,9 +18,14 @@ def written_aside(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise MlcError(f"{path}: is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Return where a file is written before it takes its place; a killed process leaves it there."""
+    return path.with_name(f".{path.name}.partial")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mlc.configs.errors import MlcError
-from mlc.configs.files import written_aside
+from mlc.configs.files import partial_of, written_aside
 
 VERSION = 3  # of what is saved
 EPOCH_SECONDS = 30.0  # at least, between two states after epochs
@@ -71,7 +71,8 @@ def checkpoint_path(out: Path | None) -> Path | None:
 
 
 def discard_checkpoint(out: Path | None) -> None:
-    """Remove the state of a training whose run folder is written."""
+    """Remove the state of a training whose run folder is written, and what a kill left of one."""
     path = checkpoint_path(out)
     if path is not None:
         path.unlink(missing_ok=True)
+        partial_of(path).unlink(missing_ok=True)
