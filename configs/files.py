@@ -27,5 +27,5 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where a file is written before it takes its place; a killed process leaves it there."""
+    """Return where a file is written before it is renamed; a killed process leaves it there."""
     return path.with_name(f".{path.name}.partial")
