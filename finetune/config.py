@@ -52,8 +52,8 @@ class FinetuneConfig(TrainConfig, AugmentConfig):
         backbone_lr: learning rate of the backbone, by default the head's.
         precision: of the forward pass: "float32", or on GPUs "bfloat16", or "float16" with one
             scale of the loss for the whole run.
-        activation_checkpointing: work activations out again in the backward pass, for memory.
-        sync_batch_norm: BatchNorms see the images of all processes; on GPUs.
+        activation_checkpointing: work activations out again in the backward pass, for memory;
+            BatchNorms that are not frozen then count each batch twice.
         compile: the model by torch.compile.
         workers: threads that decode and augment; by default one for each core.
         on_error: "skip" leaves a bad image out of its batch and lists it, "raise" stops at it.
@@ -76,7 +76,6 @@ class FinetuneConfig(TrainConfig, AugmentConfig):
     backbone_lr: float | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]
     activation_checkpointing: bool = False
-    sync_batch_norm: bool = False
     compile: bool = False
     workers: int | None = None
     on_error: Literal["skip", "raise"] = "skip"
@@ -113,6 +112,11 @@ def check_finetune(config: FinetuneConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise MlcError(f"{name}: should be at least 1, got {value}")
+    if config.activation_checkpointing and config.layer is not None:
+        raise MlcError(
+            f"activation_checkpointing: does not go with the layer {config.layer}, which is within "
+            "what is worked out again; leave one of them out"
+        )
     if config.schedule != "constant" and LOSSES[config.loss].has_estimator:
         raise MlcError(
             f"schedule: the label estimator of {config.loss} has a constant learning rate, got "

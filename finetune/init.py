@@ -19,8 +19,9 @@ from mlc.heads.run_folder import Run, read_run
 from mlc.models.whole import backbone_settings
 
 # Of a run: what its head is, and what it was taught; not how it was trained.
-OF_TRAINING = {"lr", "weight_decay", "batch_size", "epochs", "out", "device"} | set(
-    RecipeConfig.model_fields
+OF_TRAINING = {"lr", "weight_decay", "batch_size", "epochs", "out", "device"} | (
+    # A head that was selected on test has seen what would be the validation split.
+    set(RecipeConfig.model_fields) - {"select_on"}
 )
 FIXED = ("backbone", "head", "layer")  # of the run, whatever is asked
 

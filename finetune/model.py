@@ -15,6 +15,7 @@ from mlc.extract.network import Network, cannot_take
 from mlc.finetune.config import FinetuneConfig
 from mlc.heads.head_size import HeadSize
 from mlc.heads.modules import HEADS, make_head
+from mlc.store.schema import TOKENS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,13 +77,12 @@ class ImageModel(nn.Module):
             for name, each in self._forward_pass(pixels).items()
             if name.endswith(f"/{self.reads}")
         )
-        with torch.autocast(pixels.device.type, self._dtype, enabled=self._lower):
+        # A matrix product at the end would round logits to 8 or 11 bits: ties, and other scores
+        # than the same head has in evaluation. Heads of tokens are most of a step's arithmetic.
+        lower = self._dtype != torch.float32 and self.reads == TOKENS
+        with torch.autocast(pixels.device.type, self._dtype, enabled=lower):
             logits: Tensor = self.head(features)
         return logits.float()
-
-    @property
-    def _lower(self) -> bool:
-        return self._dtype != torch.float32
 
     def _head_size(self, classes: int) -> HeadSize:
         """Return the sizes of the features, by trying a blank image."""

@@ -83,15 +83,15 @@ def finetune_grid(
         MlcError: see ``finetune``.
     """
     folder = configs[0].out or RUNS
-    done = [
-        finetune(config.model_copy(update={"out": None}), progress, folder) for config in configs
-    ]
+    for config in configs:
+        check_finetune(config)
+    with joined_processes(configs[0].device) as processes:
+        own = [config.model_copy(update={"out": None}) for config in configs]
+        done = [_finetune(config, processes, progress, folder) for config in own]
     return [each for each in done if each is not None]
 
 
-def finetune(
-    config: FinetuneConfig, progress: Progress = silent, folder: Path | None = None
-) -> Finetuned | None:
+def finetune(config: FinetuneConfig, progress: Progress = silent) -> Finetuned | None:
     """Train a model end to end, and write its run folder.
 
     Under torchrun all processes train one model, and the first writes it.
@@ -99,8 +99,6 @@ def finetune(
     Args:
         config: what to train.
         progress: told of each step.
-        folder: of run folders that are named by their settings; one that is there already is
-            left alone.
 
     Returns:
         None in processes that are not the first.
@@ -111,35 +109,55 @@ def finetune(
     """
     check_finetune(config)
     with joined_processes(config.device) as processes:
-        keep_freed_memory()
-        images = prepare_images(config, processes.device)
-        resolved = resolve(config, images, folder or RUNS)
-        assert resolved.out is not None
-        if folder is not None and (resolved.out / RESULTS).is_file():
-            return Finetuned(read_run(resolved.out), {}) if processes.first else None
-        model, objective = _build(resolved, images, processes.device)
-        began_with = hash_weights(model.backbone)
-        _require_enough(resolved, images, processes)
-        steps = all_steps(config, len(images.files["train"]))
-        tuning = FineTuning(resolved, model, objective, processes, steps)
-        squares = Squares(
-            model.network.size_px, config.interpolation or model.network.interpolation
-        )
-        streamed = Images(images, squares, workers_of(config, processes))
-        saved = SavedState(resolved, images.prepared.source)
-        told = progress if processes.first else silent
-        try:
-            with recorder(resolved, processes) as record:
-                trained = train(resolved, tuning, streamed, processes, saved, told, record)
-        except Diverged:
-            discard_checkpoint(resolved.out)
-            raise
-        if not processes.first:
-            return None
-        run = _write(resolved, model, trained, images, streamed.bad, began_with)
+        return _finetune(config, processes, progress)
+
+
+def _finetune(
+    config: FinetuneConfig, processes: Processes, progress: Progress, folder: Path | None = None
+) -> Finetuned | None:
+    """Train a model in processes that have joined; see ``finetune``.
+
+    Args:
+        config: checked.
+        processes: that train together.
+        progress: told of each step.
+        folder: of run folders that are named by their settings; one that is there already is
+            left alone.
+    """
+    keep_freed_memory()
+    images = prepare_images(config, processes.device)
+    resolved = resolve(config, images, folder or RUNS)
+    assert resolved.out is not None
+    if folder is not None and (resolved.out / RESULTS).is_file():
+        return Finetuned(read_run(resolved.out), {}) if processes.first else None
+    model, objective = _build(resolved, images, processes.device)
+    began_with = hash_weights(model.backbone)
+    _require_enough(resolved, images, processes)
+    steps = all_steps(config, len(images.files["train"]))
+    tuning = FineTuning(resolved, model, objective, processes, steps)
+    squares = Squares(model.network.size_px, config.interpolation or model.network.interpolation)
+    streamed = Images(images, squares, workers_of(config, processes))
+    saved = SavedState(resolved, images.prepared.source)
+    told = progress if processes.first else silent
+    try:
+        with recorder(resolved, processes) as record:
+            trained = train(resolved, tuning, streamed, processes, saved, told, record)
+    except Diverged:
         discard_checkpoint(resolved.out)
-        notes = images.prepared.notes(config.val_labels)
-        return Finetuned(run, _by_file(streamed), trained.history[-1]["waited"], notes)
+        raise
+    if not processes.first:
+        processes.wait()  # until the run is there: of a grid the next one begins together
+        return None
+    run = _write(resolved, model, trained, images, streamed.bad, began_with)
+    discard_checkpoint(resolved.out)
+    processes.wait()
+    notes = images.prepared.notes(config.val_labels)
+    if tuning.best.diverged:
+        notes.append(
+            f"training diverged after epoch {len(trained.history)}, its scores are not finite; "
+            "the best epoch before is kept"
+        )
+    return Finetuned(run, _by_file(streamed), trained.history[-1]["waited"], notes)
 
 
 def _by_file(images: Images) -> dict[str, str]:
@@ -186,10 +204,6 @@ def _build(
     generator = torch.Generator().manual_seed(config.seed)
     model = ImageModel(config, train.observed.shape[1], generator)
     estimates = start_from(config, model, train, images.prepared.table.classes)
-    if config.sync_batch_norm:
-        if device.type != "cuda":
-            raise MlcError("sync_batch_norm: is for GPUs alone; leave it out")
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, Objective(config, train.observed, generator, estimates)
 

@@ -19,7 +19,6 @@ from mlc.finetune.stop import StopAsked
 from mlc.finetune.training import FineTuning
 from mlc.heads.trained import Diverged, TrainedHead, selection_targets
 
-ASKED_EVERY = 8  # steps, between two questions to the other processes
 NAMED_IMAGES = 5  # in a sentence
 
 
@@ -53,7 +52,7 @@ def train(
         MlcError: the loss is not a finite number, at images that are named; or an image is bad
             and ``on_error`` is "raise".
         KeyboardInterrupt: Ctrl-C or SIGTERM, once the state is written.
-        Diverged: scores are not finite.
+        Diverged: scores are not finite from the first epoch on; later, the best epoch is kept.
     """
     count = len(images.prepared.prepared.splits["train"].image_id)
     steps = all_steps(config, count)
@@ -72,11 +71,11 @@ def train(
                 _require_finite(loss, step, images)
                 if step.last:
                     _end_epoch(config, tuning, images, processes, pace, len(rows))
-                    for line in tuning.best.history[-1:]:
-                        record(line)
+                    if not tuning.best.diverged:
+                        record(tuning.best.history[-1])
                 if _asked(processes, saved, stop, step):
                     saved.save(tuning, images.bad, step.number + 1, processes)
-                    _leave_if(stop, saved, processes)
+                    _leave_if(stop, saved)
                 note = f"epoch {epoch}{_map_of(tuning)}, {pace.note()}"
                 progress(step.number + 1, steps, note)
     return _finish(config, tuning, images, processes)
@@ -133,8 +132,6 @@ def _end_epoch(
 
 def _asked(processes: Processes, saved: SavedState, stop: StopAsked, step: Step) -> bool:
     """Return whether it is time to save: all processes give the same answer."""
-    if processes.count > 1 and not step.last and step.number % ASKED_EVERY:
-        return False
     due = processes.first and saved.due(epoch_ended=step.last)
     if processes.any(bool(stop.name)):
         stop.name = stop.name or "SIGTERM"
@@ -142,7 +139,7 @@ def _asked(processes: Processes, saved: SavedState, stop: StopAsked, step: Step)
     return processes.any(due)
 
 
-def _leave_if(stop: StopAsked, saved: SavedState, processes: Processes) -> None:
+def _leave_if(stop: StopAsked, saved: SavedState) -> None:
     if stop.name:
         raise KeyboardInterrupt(f"{stop.name}: {saved.how_to_go_on}")
 
@@ -168,7 +165,7 @@ def _map_of(tuning: FineTuning) -> str:
 def _finish(
     config: FinetuneConfig, tuning: FineTuning, images: Images, processes: Processes
 ) -> TrainedHead:
-    if tuning.best.diverged:
+    if not tuning.best.epoch:
         raise Diverged(str(config.out))
     scorer = tuning.best_scorer()
     logits = {}

@@ -219,17 +219,15 @@ class FineTuning:
 
 def _runner(config: FinetuneConfig, model: ImageModel, processes: Processes) -> nn.Module:
     """Return what runs a model in training: itself, compiled, with others, as asked."""
-    run: nn.Module = model
-    if processes.count > 1:
-        # Of a head of tokens, what the backbone does behind them is not run backward.
-        run = DistributedDataParallel(
-            model,
-            device_ids=[processes.device] if processes.device.type == "cuda" else None,
-            find_unused_parameters=model.reads == TOKENS,
-        )
-    if config.compile:
-        run = torch.compile(run)  # type: ignore[assignment]
-    return run
+    run: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    if processes.count == 1:
+        return run
+    # What the backbone does behind tokens, or behind another layer, is not run backward.
+    return DistributedDataParallel(
+        run,
+        device_ids=[processes.device] if processes.device.type == "cuda" else None,
+        find_unused_parameters=model.reads == TOKENS or config.layer is not None,
+    )
 
 
 def _black(batch: ImageBatch) -> Tensor:

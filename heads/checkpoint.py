@@ -34,6 +34,11 @@ class Checkpoint:
             return None
         try:
             saved = torch.load(self._path, map_location="cpu", weights_only=True)
+        except OSError as error:  # that it cannot be read now does not make it worthless
+            raise MlcError(
+                f"{self._path}: the state of the training cannot be read ({error.strerror}); mend "
+                "that, or remove the file to begin anew"
+            ) from None
         except Exception:  # a file of anything else: what it holds cannot be gone on from
             return None
         same = isinstance(saved, dict) and saved.get("of") == self._of

@@ -167,7 +167,10 @@ def test_a_loss_that_is_no_number_names_its_images(
         ({"backbone": "resnet5O"}, "resnet5O"),
         ({"head": "liner"}, "unknown head 'liner'; did you mean 'linear'"),
         ({"init": Path("nowhere")}, "nowhere"),
-        ({"sync_batch_norm": True}, "^sync_batch_norm: is for GPUs alone"),
+        (
+            {"activation_checkpointing": True, "layer": "layer3"},
+            "^activation_checkpointing: does not go with the layer layer3",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

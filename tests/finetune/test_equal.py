@@ -192,3 +192,19 @@ def test_it_is_a_run_like_any_other(photos: Path, tmp_path: Path) -> None:
     assert metrics == run.results["test"]
     again, _ = evaluate_run(read_run(moved), {})  # on the images that it was trained on
     assert again == metrics
+
+
+@pytest.mark.slow
+def test_a_grid_is_trained_by_two_processes(photos: Path, tmp_path: Path) -> None:
+    flags = ("--data", str(photos), "--backbone", "test_resnet", "--random-weights", "--size", "32")
+    out = tmp_path / "grid"
+    together(2, *flags, "--lr", "1e-3,1e-4", "--epochs", "1", "--out", str(out))
+    assert len([path for path in out.iterdir() if (path / "results.json").is_file()]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_layer_in_the_middle(photos: Path, tmp_path: Path) -> None:
+    flags = ("--data", str(photos), "--backbone", "test_resnet", "--random-weights", "--size", "32")
+    middle = ("--set", "layer=layer3", "--set", "frozen_batch_norm=true", "--epochs", "2")
+    together(2, *flags, *middle, "--out", str(tmp_path / "run"))
+    assert read_run(tmp_path / "run").results["test"]["mAP"] > 0

@@ -72,7 +72,7 @@ def test_a_decoder_learns_and_is_evaluated_as_it_was(
         store, tmp_path / "run", **{**SMALL, **sizes, "head": head, "epochs": 40, "lr": 1e-2}
     )
     chance = 100 * float(table_of().part("test").true.mean())
-    assert run.results["test"]["mAP"] > chance + 15
+    assert run.results["test"]["mAP"] > chance + 10
     assert lines(run)[-1]["loss"] < lines(run)[0]["loss"]
     got = evaluate_on_store(run, LabelsConfig(), "test", device="cpu")
     assert got["mAP"] == pytest.approx(run.results["test"]["mAP"], abs=1e-9)
