@@ -1,5 +1,6 @@
 """Files that are whole or absent: written aside, then renamed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +9,12 @@ from mlc.configs.errors import MlcError
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, by_several: bool = False) -> Iterator[Path]:
     """Yield a path to write to, which takes the place of ``path`` if the block succeeds.
+
+    Args:
+        path: of the file.
+        by_several: several processes may write the same file at once; the last one's stays.
 
     Raises:
         MlcError: a folder is at the path.
@@ -19,6 +24,8 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise MlcError(f"{path}: is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
+    if by_several:
+        partial = partial.with_name(f"{partial.name}-{os.getpid()}")
     try:
         yield partial
         partial.replace(path)

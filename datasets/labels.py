@@ -148,7 +148,8 @@ def save_labels(table: LabelTable, path: Path) -> None:
         arrays["true"] = table.true
     if table.expected_positives is not None:
         arrays["expected_positives"] = np.float64(table.expected_positives)
-    with written_aside(path) as partial, partial.open("wb") as handle:
+    # Workers that share an extraction all write the labels of its images.
+    with written_aside(path, by_several=True) as partial, partial.open("wb") as handle:
         np.savez_compressed(handle, **arrays)
 
 

@@ -3,6 +3,7 @@
 import glob
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -154,7 +155,20 @@ def _take_place(partial: Path, path: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    """Remove a store that was laid out aside.
+
+    When one file of a new array cannot be written, Zarr's threads may still be at its other files:
+    they come and go while the folder is removed, so it is tried again for a second.
+    """
+    if not partial.is_dir():
+        partial.unlink(missing_ok=True)
+        return
+    for _ in range(20):
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            return
+        time.sleep(0.05)
+    shutil.rmtree(partial)
 
 
 def _lay_out(backend: Backend, layout: Layout) -> None:

@@ -1,5 +1,7 @@
 """LabelTable: rows, classes, and the file that holds one."""
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -200,3 +202,24 @@ def test_a_file_that_is_not_a_table_is_refused(
     NOT_TABLES[name](path, table)
     with pytest.raises(MlcError, match=rf"{path}: not a label table"):
         load_labels(path)
+
+
+SAVER = """
+import sys
+from pathlib import Path
+from mlc.datasets.labels import load_labels, save_labels
+table = load_labels(Path(sys.argv[1]))
+for _ in range(100):
+    save_labels(table, Path(sys.argv[2]))
+"""
+
+
+def test_several_processes_write_the_same_table(table: LabelTable, tmp_path: Path) -> None:
+    mine, ours = tmp_path / "mine.npz", tmp_path / "ours.npz"
+    save_labels(table, mine)
+    command = [sys.executable, "-c", SAVER, str(mine), str(ours)]
+    savers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    errors = [saver.communicate(timeout=60)[1] for saver in savers]
+    assert errors == [""] * 4
+    assert_same(load_labels(ours), table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npz", "ours.npz"]
