@@ -6,8 +6,8 @@ Without ``--photos`` the embedded digits; too few photos are repeated. Weights a
 DIR/NAME.safetensors where there is such a file, else random, which the time does not depend on.
 ``--config`` has a recipe's settings, of which the options win. In each round three jobs take turns:
 
-- ``ready``: the bare train step, forward, backward and optimiser, on batches that are on the device
-  already.
+- ``ready``: the bare train step of a plain script, forward, cross-entropy, backward and optimiser,
+  on batches that are on the device already.
 - decoding: the photos read, decoded, resized and augmented one after the other, on one core.
 - ``mlc``: an epoch of ``train``, from the first read to the last step. What it scores after the
   epoch is not in its time.
@@ -36,6 +36,7 @@ from statistics import median
 import click
 import numpy as np
 import torch
+import torch.nn.functional as F
 from bare_stages import Timed, cpu_config, enough_photos, timed
 
 from mlc.configs import load
@@ -44,7 +45,7 @@ from mlc.configs.cores import usable_cores
 from mlc.extract.images import read_file
 from mlc.extract.views import Squares
 from mlc.finetune.config import FinetuneConfig, check_finetune
-from mlc.finetune.loader import ImageBatch, augmented
+from mlc.finetune.loader import augmented
 from mlc.finetune.model import ImageModel
 from mlc.finetune.objective import Objective
 from mlc.finetune.prepare import prepare_images
@@ -53,7 +54,8 @@ from mlc.finetune.run import resolve
 from mlc.finetune.saved import SavedState
 from mlc.finetune.scoring import Images, workers_of
 from mlc.finetune.train import train
-from mlc.finetune.training import FineTuning, Part
+from mlc.finetune.training import FineTuning
+from mlc.heads.optimiser import make_optimiser
 from mlc.report.console import print_table
 
 BACKBONE, CLASSES = "tf_efficientnet_lite0", 80
@@ -196,23 +198,24 @@ def hold(contest: Contest, repeats: int, folder: Path) -> list[Round]:
 
 
 def take_steps(contest: Contest, steps: int) -> None:
-    """Take steps on ready pixels, the same ones again and again."""
+    """Take steps on ready pixels as a plain script would: forward, loss, backward, optimiser."""
     config, device = contest.config, contest.processes.device
-    tuning, size = contest.begin(), config.micro_batch or config.batch_size
+    model, size = contest.model.train(), config.micro_batch or config.batch_size
+    rates = [(model.backbone, config.backbone_lr or config.lr), (model.head, config.lr)]
+    optimiser = make_optimiser(rates, config, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     side = contest.images.squares.size_px
     ready = torch.randint(256, (READY, size, side, side, 3), dtype=torch.uint8, device=device)
-    rows = torch.arange(steps * config.batch_size).view(steps, -1) % len(contest.files)
-    tuning.objective.begin_epoch(rows)
-    for step, batch in enumerate(rows.numpy()):
-        starts = range(0, len(batch), size)
-        for number, start in enumerate(starts):
-            places = batch[start : start + size]
-            share = len(places) / len(batch)
-            part = Part(number, start == starts[-1], share, places)
-            pixels = ready[(step + number) % READY, : len(places)]
-            good = np.ones(len(places), dtype=np.bool_)
-            tuning.add(part, ImageBatch(pixels, good, {}), step, step)
-        tuning.step(step)
+    labels = torch.randint(2, (READY, size, CLASSES), device=device).float()
+    for step in range(steps):
+        for part, left in enumerate(range(config.batch_size, 0, -size)):
+            batch, count = (step + part) % READY, min(size, left)
+            logits = model(ready[batch, :count])
+            loss = F.binary_cross_entropy_with_logits(logits, labels[batch, :count])
+            scaler.scale(loss * count / config.batch_size).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
