@@ -75,6 +75,8 @@ def finetune_config(
     """
     values = gather(COMMAND, recipe, overrides, flags)
     if resume is not None:
+        if init is not None:
+            raise MlcError("--init: a training that is resumed has started already; leave it out")
         return _resumed(saved_config(resume), values, resume)
     if init is None:
         return load_values(FinetuneConfig, recipe or COMMAND, values)
@@ -83,6 +85,11 @@ def finetune_config(
 
 
 def _resumed(config: FinetuneConfig, values: Mapping[str, Any], run: Path) -> FinetuneConfig:
+    given = values.get("out")
+    if given is not None and Path(given).resolve() != run.resolve():
+        raise MlcError(
+            f"--out: the training that is resumed writes {run}, got {given}; leave it out"
+        )
     asked = load(FinetuneConfig, COMMAND, flags=config.model_dump(mode="json") | dict(values))
     changed = [
         f"{name} ({getattr(config, name)!r} then, {getattr(asked, name)!r} now)"

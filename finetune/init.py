@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mlc.configs.errors import MlcError
 from mlc.extract.backbone import resolve_name
+from mlc.extract.weights import hash_weights
 from mlc.finetune.config import OF_BACKBONE, OF_FEATURES, FinetuneConfig
 from mlc.finetune.model import ImageModel
 from mlc.heads.config import TrainConfig
@@ -66,7 +67,7 @@ def start_from(
         start, or there is none.
 
     Raises:
-        MlcError: the run's head or classes are others.
+        MlcError: the run's head or classes are others, or it read features of other weights.
     """
     if config.init is None:
         return None
@@ -78,6 +79,7 @@ def start_from(
             f"which the run does not know {', '.join(lacking[:5]) or 'the order'}; name the run's "
             "with --classes"
         )
+    _require_its_weights(run, model)
     try:
         model.head.load_state_dict(run.head().state_dict())
     except RuntimeError as error:
@@ -86,6 +88,32 @@ def start_from(
     if not LOSSES[config.loss].has_estimator or run.config.loss != config.loss:
         return None
     return _estimates(run, train, len(classes))
+
+
+def labels_note(config: FinetuneConfig, source: str) -> list[str]:
+    """Return what is to be told of the labels that the run to start from was trained on.
+
+    Args:
+        config: of the fine-tuning.
+        source: hash of its label table.
+    """
+    if config.init is None or read_run(config.init).results["labels_digest"] == source:
+        return []
+    return [
+        f"init: {config.init} is not known to have been trained on these labels and splits; it may "
+        "have seen images that select the epoch here, or that it is tested on"
+    ]
+
+
+def _require_its_weights(run: Run, model: ImageModel) -> None:
+    """Raise an MlcError if a run read features of a backbone with other weights."""
+    key = run.results["features"]["key"]
+    # At another size a vision transformer has other position codes.
+    if key["size_px"] == model.network.size_px and key["weights"] != hash_weights(model.backbone):
+        raise MlcError(
+            f"init: {run.path} was trained on features of {model.name} with other weights; pass "
+            "the file of theirs as --weights"
+        )
 
 
 def _estimates(run: Run, train: Split, classes: int) -> Tensor:

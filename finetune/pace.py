@@ -20,6 +20,8 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.restart()
 
     def restart(self) -> None:

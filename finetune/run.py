@@ -20,7 +20,7 @@ from mlc.extract.views import Squares
 from mlc.extract.weights import hash_weights
 from mlc.finetune.config import FinetuneConfig, check_finetune
 from mlc.finetune.events import recorder
-from mlc.finetune.init import start_from
+from mlc.finetune.init import labels_note, start_from
 from mlc.finetune.model import ImageModel
 from mlc.finetune.objective import Objective
 from mlc.finetune.prepare import PreparedImages, prepare_images
@@ -152,6 +152,7 @@ def _finetune(
     discard_checkpoint(resolved.out)
     processes.wait()
     notes = images.prepared.notes(config.val_labels)
+    notes += labels_note(resolved, images.prepared.source)
     if tuning.best.diverged:
         notes.append(
             f"training diverged after epoch {len(trained.history)}, its scores are not finite; "

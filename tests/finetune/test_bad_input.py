@@ -20,6 +20,7 @@ from mlc.heads.checkpoint import checkpoint_path
 from mlc.heads.config import TrainConfig
 from mlc.heads.fit import fit, prepare, read_inputs
 from mlc.heads.order import batches_of_epoch, order_generators
+from mlc.heads.run_folder import BACKBONE
 
 ROLE = {"loss": "role", "labels": "single-positive", "knobs": {"expected_positives": 1.7}}
 BROKEN = 5  # a photo of training
@@ -219,6 +220,23 @@ def test_another_head_than_the_run_s_is_refused(photos: Path, tmp_path: Path) ->
     for name, value in {"head": "q2l", "backbone": "resnet18"}.items():
         with pytest.raises(MlcError, match=f"^init: .* has {name} .*, got {value}; leave it out"):
             init(run, photos, tmp_path / "run", **{name: value})
+
+
+def test_weights_that_the_head_was_not_trained_on_are_refused(photos: Path, tmp_path: Path) -> None:
+    run = tuned(photos, tmp_path / "first").run.path
+    other = tuned(photos, tmp_path / "second", seed=1).run.path / BACKBONE
+    with pytest.raises(MlcError, match=r"^init: .*first was .* with other weights; .* --weights$"):
+        init(run, photos, tmp_path / "run", weights=str(other))
+    assert init(run, photos, tmp_path / "run", weights=str(run / BACKBONE)).notes == []
+
+
+def test_other_labels_than_the_run_s_are_told(photos: Path, tmp_path: Path) -> None:
+    run = tuned(photos, tmp_path / "first").run.path
+    lines = photos.read_text().splitlines()
+    others = photos.with_name("other-splits.csv")
+    others.write_text("\n".join([lines[0], lines[-1].replace("test", "train"), *lines[1:-1]]))
+    (note,) = init(run, others, tmp_path / "run").notes
+    assert note.startswith(f"init: {run} is not known to have been trained on these labels")
 
 
 def test_a_run_of_imported_features_is_refused(

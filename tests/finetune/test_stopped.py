@@ -238,6 +238,16 @@ def test_labels_that_changed_are_told(photos: Path, tmp_path: Path) -> None:
         resume(out)
 
 
+def test_what_is_resumed_has_its_start_and_its_place(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop(photos, out, 2)
+    with pytest.raises(MlcError, match=r"^--init: .* has started already; leave it out"):
+        finetune_config(None, (), {}, init=out, resume=out)
+    with pytest.raises(MlcError, match=r"^--out: .* writes .*run, got elsewhere; leave it out"):
+        finetune_config(None, (), {"out": "elsewhere"}, resume=out)
+    assert finetune_config(None, (), {"out": str(out)}, resume=out).out == out
+
+
 def test_what_is_finished_is_not_resumed(whole: Callable[[str], Run]) -> None:
     run = whole("linear").path
     with pytest.raises(MlcError, match=r"linear: is finished, there is nothing to resume$"):
