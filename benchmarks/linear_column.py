@@ -50,9 +50,9 @@ from torch import Tensor
 from mlc.configs.device import one_thread
 from mlc.heads.block import LinearBlock, Start, bytes_of_head
 from mlc.heads.inputs import Split
-from mlc.heads.losses import LOSSES as METHODS
 from mlc.heads.metrics import mean_ap
 from mlc.heads.plan import CACHE_BYTES
+from mlc.losses.table import LOSSES as METHODS
 from mlc.report.console import print_table
 
 LOSSES = ("bce", "bce_ls", "iun", "iu", "an", "an_ls", "wan", "epr", "role")

@@ -9,8 +9,8 @@ from mlc.configs.errors import MlcError, choose
 from mlc.extract.backbone import BackboneConfig
 from mlc.finetune.augment import AugmentConfig, check_augment
 from mlc.heads.config import TrainConfig, check_rate, check_settings
-from mlc.heads.losses import LOSSES
 from mlc.heads.modules import HEADS
+from mlc.losses.table import LOSSES
 
 # Settings of heads on cached features, of which images that are streamed have no use.
 OF_FEATURES = (

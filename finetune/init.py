@@ -13,10 +13,10 @@ from mlc.finetune.config import OF_BACKBONE, OF_FEATURES, FinetuneConfig
 from mlc.finetune.model import ImageModel
 from mlc.heads.config import TrainConfig
 from mlc.heads.inputs import Split
-from mlc.heads.losses import LOSSES
 from mlc.heads.recipe import RecipeConfig
-from mlc.heads.role import OBSERVED_LOGIT
 from mlc.heads.run_folder import Run, read_run
+from mlc.losses.role import OBSERVED_LOGIT
+from mlc.losses.table import LOSSES
 from mlc.models.whole import backbone_settings
 
 # Of a run: what its head is, and what it was taught; not how it was trained.

@@ -1,14 +1,17 @@
 """Objective: the loss of a step's images, whichever process has them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlc.finetune.config import FinetuneConfig
+from mlc.heads.changing import Changing
 from mlc.heads.estimator import Estimator, Visits
-from mlc.heads.losses import LOSSES, loss_gradient, loss_value
-from mlc.heads.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
+from mlc.losses.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
+from mlc.losses.table import LOSSES
+from mlc.losses.value import loss_gradient, loss_value
 
 MOST_OF_GPU = 0.1  # of its free memory, for the estimator's table
 CLIP = 1e-5  # probabilities that an estimator starts from
@@ -34,16 +37,23 @@ class Objective:
         generator: torch.Generator,
         estimates: Tensor | None = None,
     ) -> None:
-        self._config, self._observed = config, observed
-        self._method = LOSSES[config.loss]
+        self._epochs, self._method = config.epochs, LOSSES[config.loss]
+        self._changing = Changing(self._method, config.knobs, observed, heads=1)
         self.estimator: Estimator | None = None
         self._visits: Visits | None = None
         self._before: tuple[Tensor, int] | None = None  # of the epoch, what the visits follow from
         if self._method.has_estimator:
             self.estimator = _start(config, observed, generator, estimates)
 
-    def begin_epoch(self, batches: Tensor) -> None:
-        """Take the batches (steps, B) of an epoch, rows of the training split on the CPU."""
+    def begin_epoch(self, epoch: int, batches: Tensor, score: Callable[[], Tensor]) -> None:
+        """Get ready for an epoch.
+
+        Args:
+            epoch: counted from 1.
+            batches: (steps, B) of it, rows of the training split on the CPU.
+            score: returns the logits (n, L) of the training split; called if they are needed.
+        """
+        self._changing.begin_epoch(epoch, self._epochs, lambda: score()[None])
         if self.estimator is not None:
             self._before = (self.estimator.last_visit.clone(), self.estimator.steps)
             self._visits = self.estimator.schedule(batches)
@@ -68,11 +78,14 @@ class Objective:
         rows = places[good]
         if not len(rows):
             return logits.new_zeros(()), gradient
-        chosen, labels = logits.detach()[good], self._observed[rows]
-        knobs: dict[str, Any] = dict(self._config.knobs)
+        chosen, labels = logits.detach()[good], self._changing.labels(rows)
+        knobs = self._changing.arguments(rows)
         if self.estimator is None:
-            value = loss_value(self._method, chosen, labels, knobs=knobs)
-            (gradient[good],) = loss_gradient(self._method, chosen, labels, knobs=knobs)
+            heads = chosen[None]  # a stack of one
+            value = loss_value(self._method, heads, labels, knobs=knobs)[0]
+            (of_heads,) = loss_gradient(self._method, heads, labels, knobs=knobs)
+            gradient[good] = of_heads[0]
+            self._changing.after_step(rows, heads, labels)
             return value, gradient
         estimator, visit = self.estimator, self._visit(step, good)
         home = estimator.table.device
@@ -96,14 +109,18 @@ class Objective:
 
     def state(self) -> dict[str, Any]:
         """Return all that the next step of the epoch depends on."""
+        changing = {"changing": self._changing.state()}
         if self.estimator is None or self._before is None:
-            return {}
+            return changing
         last_visit, steps = self._before
-        return {"table": self.estimator.table, "last_visit": last_visit, "steps": steps}
+        table = {"table": self.estimator.table, "last_visit": last_visit, "steps": steps}
+        return table | changing
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what ``state`` gave; the epoch is to be begun again."""
-        if self.estimator is not None and state:
+        if state:
+            self._changing.restore(state["changing"])
+        if self.estimator is not None and "table" in state:
             self.estimator.table.copy_(state["table"])
             self.estimator.last_visit.copy_(state["last_visit"])
             self.estimator.steps = state["steps"]

@@ -63,7 +63,12 @@ def train(
         for epoch, rows in enumerate(epochs_of(config, count), start=1):
             if tuning.best.ended or epoch * len(rows) <= done:
                 continue
-            tuning.objective.begin_epoch(rows)
+
+            def score_train() -> Tensor:
+                (found,) = score(tuning.scorers()[:1], "train", config, images, processes)
+                return torch.from_numpy(found).to(processes.device)
+
+            tuning.objective.begin_epoch(epoch, rows, score_train)
             pace.restart()
             first = (epoch - 1) * len(rows)
             left = steps_of(config, rows.numpy(), first, done, processes)

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlc.heads.changing import Changing
 from mlc.heads.estimator import BETA1, BETA2, EPS, NODES, Estimator, Visits
 from mlc.heads.inputs import Split
 from mlc.heads.linear import LinearHead
-from mlc.heads.losses import Method, loss_gradient, loss_value
-from mlc.heads.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
+from mlc.losses.method import Method
+from mlc.losses.role import ESTIMATOR_LR_FACTOR, initial_estimator_logits
+from mlc.losses.value import loss_gradient, loss_value
 
 ALIGNMENT = 16  # numbers of 4 bytes
 SPARE_CELLS = 64  # no vector loop leaves more over
@@ -98,12 +100,18 @@ class LinearBlock:
         self._cells = [cells] if self.estimator is None else [cells, torch.zeros_like(cells)]
         steps = recorded_steps(batch_size, classes)
         self._recorded = [torch.zeros(steps, *cells.shape, device=device) for _ in self._cells]
+        self._changing = Changing(method, knobs, train.observed, with_spare)
+        # Labels of a step and of several, where each head has its own.
+        self._labels = train.observed.new_zeros(cells.shape if method.rewrite else (0,))
+        self._recorded_labels = self._labels.new_zeros(steps, *self._labels.shape)
         self._visit = Visits(
             torch.zeros(batch_size, 3, 1, 1, device=device),
             torch.zeros(NODES, 1, 1, 1, device=device),
             torch.zeros(NODES, 1, heads, 1, device=device),
         )
-        self._run = self._captured() if device.type == "cuda" else self._step
+        self._run = self._step
+        if device.type == "cuda" and not method.changes:
+            self._run = self._captured()
 
     def _start_heads(self, starts: Sequence[Start]) -> Estimator | None:
         tables = []
@@ -119,6 +127,13 @@ class LinearBlock:
         lr = torch.tensor([start.lr * ESTIMATOR_LR_FACTOR for start in starts])
         device = self._train.features.device
         return Estimator(torch.stack(tables).to(device), lr.to(device))
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Have the loss change what it changes from epoch to epoch, counted from 1."""
+        features = self._train.features
+        self._changing.begin_epoch(epoch, epochs, lambda: torch.stack(self.scores(features)))
+        if features.is_cuda and self._method.changes:  # numbers of an epoch are in the graph
+            self._run = self._captured()
 
     def epoch(
         self, batches: Tensor, check: Callable[[], None] = lambda: None, views: Tensor | None = None
@@ -149,6 +164,7 @@ class LinearBlock:
                 self._run()
                 for recorded, mine in zip(self._recorded, self._cells, strict=True):
                     recorded[step] = mine
+                self._recorded_labels[step] = self._labels
             total += self._losses(rows)
         return total / len(batches)
 
@@ -156,10 +172,11 @@ class LinearBlock:
         """Return the sums (H,) of the recorded steps' losses: a gradient does not need them."""
         recorded = [each[: len(rows)] for each in self._recorded]
         labels = self._train.observed[rows].unsqueeze(1)
+        if self._method.rewrite is not None:
+            labels = self._recorded_labels[: len(rows)]
         table = recorded[1] if self.estimator is not None else None
-        losses = loss_value(
-            self._method, recorded[0], labels, knobs=self._knobs, estimator_logits=table
-        )
+        knobs = self._changing.arguments(rows)
+        losses = loss_value(self._method, recorded[0], labels, knobs=knobs, estimator_logits=table)
         # Each head's along memory, as if it were alone.
         return losses.T.contiguous().sum(dim=1)[: len(self.weight)]
 
@@ -172,12 +189,16 @@ class LinearBlock:
 
     def _step(self) -> None:
         torch.index_select(self._views, 0, self._seen, out=self._x)
-        labels = self._train.observed.index_select(0, self._rows)
+        labels = self._changing.labels(self._rows)
         self._forward()
         if self.estimator is None:
-            (gradient,) = loss_gradient(self._method, self._cells[0], labels, knobs=self._knobs)
+            knobs = self._changing.arguments(self._rows)
+            (gradient,) = loss_gradient(self._method, self._cells[0], labels, knobs=knobs)
         else:
             gradient = self._step_of_estimator(self.estimator, labels)
+        if self._method.rewrite is not None:
+            self._labels.copy_(labels)
+            self._changing.after_step(self._rows, self._cells[0], labels)
         self._gradient.copy_(gradient)
         self._backward()
         self._adam()
@@ -238,6 +259,8 @@ class LinearBlock:
     def _captured(self) -> Callable[[], None]:
         """Return the step as a CUDA graph: hundreds of kernels for one launch."""
         state = [*self._state, *([self.estimator.table] if self.estimator else [])]
+        if self._changing.rewritten is not None:
+            state.append(self._changing.rewritten)
         before = [each.clone() for each in state]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())

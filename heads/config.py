@@ -16,9 +16,9 @@ from mlc.datasets.source import DATASETS
 from mlc.heads.decoder import DecoderConfig, check_decoder
 from mlc.heads.full_batch import CONVEX, check_strengths
 from mlc.heads.inputs import LabelsConfig
-from mlc.heads.losses import LOSSES, check_knobs
 from mlc.heads.modules import DECODERS, HEADS, OF_TOKENS
 from mlc.heads.recipe import RecipeConfig, check_recipe
+from mlc.losses.table import LOSSES, check_knobs
 from mlc.store.schema import TOKENS
 
 # Places and switches, not settings: a run is the same run with others.
@@ -61,7 +61,7 @@ class ProtocolConfig(LabelsConfig, DecoderConfig, RecipeConfig):
 
     labels: Labels | None = None
     head: str = "linear"
-    knobs: dict[str, float] = Field(default_factory=dict)
+    knobs: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
     layer: str | None = None
     view_augment: bool = False
     epochs: int = 25
@@ -128,7 +128,9 @@ def check_settings(config: TrainConfig) -> None:
     _require_head(config, DecoderConfig.model_fields, DECODERS, "heads that attend")
     _require_head(config, OF_QUERY2LABEL, ("q2l",), "Query2Label")
     _require_head(config, ("query_groups",), ("ml-decoder",), "ML-Decoder")
-    if config.micro_batch is not None and LOSSES[config.loss].batch_term is not None:
+    if config.micro_batch is not None and (
+        LOSSES[config.loss].batch_term is not None or LOSSES[config.loss].of_whole_batch
+    ):
         raise MlcError(
             f"micro_batch: the loss {config.loss} is of a whole batch and not the sum of its "
             "parts; leave it out"
@@ -183,7 +185,7 @@ def default_labels(config: TrainConfig, table: LabelTable) -> Labels:
     return LOSSES[config.loss].labels if table.dataset in DATASETS else "as-given"
 
 
-def settle_knobs(config: TrainConfig, table: LabelTable) -> dict[str, float]:
+def settle_knobs(config: TrainConfig, table: LabelTable) -> dict[str, float | tuple[float, ...]]:
     """Return all knobs of a loss: given, else from the data, else the loss's own default.
 
     Raises:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event, Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from mlc.configs.errors import MlcError, choose
 from mlc.configs.progress import Progress, silent
 from mlc.heads.lbfgs import Solved, solve
 from mlc.heads.logistic import Problems, Rotated, Track, bytes_per_slot, rotate
-from mlc.heads.losses import LOSSES, check_knobs
+from mlc.losses.table import LOSSES, check_knobs
 
 STRENGTHS = tuple(float(value) for value in np.logspace(-6, 5, 45))
 MAX_BYTES = 1 << 30  # of the problems under way
@@ -58,7 +59,7 @@ class StrengthPath:
 
 
 def cell_weights(
-    loss: str, labels: Tensor, knobs: Mapping[str, float], weights: Tensor | None = None
+    loss: str, labels: Tensor, knobs: Mapping[str, Any], weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Write a convex loss as ``a softplus(-z) + b softplus(z)`` in every cell.
 
@@ -93,7 +94,7 @@ def fit_path(
     loss: str,
     strengths: Sequence[float] = STRENGTHS,
     *,
-    knobs: Mapping[str, float],
+    knobs: Mapping[str, Any],
     weights: Tensor | None = None,
     max_iter: int = 500,
     tolerance: float = 1e-5,
@@ -183,7 +184,7 @@ def _check(
 def _cells(
     labels: Tensor,
     loss: str,
-    knobs: Mapping[str, float],
+    knobs: Mapping[str, Any],
     weights: Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

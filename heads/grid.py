@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mlc.configs.errors import MlcError, choose, nearest
 from mlc.heads.config import ProtocolConfig, TrainConfig
 from mlc.heads.full_batch import CONVEX
-from mlc.heads.losses import LOSSES
+from mlc.losses.table import LOSSES
 
 ALL = ("all",)
 

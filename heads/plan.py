@@ -10,12 +10,13 @@ import torch
 
 from mlc.configs.errors import MlcError
 from mlc.heads.block import bytes_of_cells, bytes_of_head
+from mlc.heads.changing import bytes_of_changing
 from mlc.heads.config import TrainConfig
 from mlc.heads.full_batch import MAX_BYTES, STRENGTHS
 from mlc.heads.head_size import HeadSize
 from mlc.heads.inputs import LabelsConfig
-from mlc.heads.losses import LOSSES
 from mlc.heads.modules import make_head
+from mlc.losses.table import LOSSES
 
 OWN = {"lr", "weight_decay", "seed", "out"}  # in which the heads of a block may differ
 # Fields that heads of tokens have in common if they are trained in one pass over them.
@@ -166,7 +167,7 @@ def _token_bytes(config: TrainConfig, size: HeadSize) -> int:
 
 
 def _bytes(config: TrainConfig, images: int, width: int, classes: int) -> int:
-    """Return the bytes of a head: its state, its best epoch, its losses, ROLE's table.
+    """Return the bytes of a head: its state, its best epoch, its losses, tables of cells.
 
     Of a full-batch head: the features in other coordinates, the problems, the path of heads.
     """
@@ -176,4 +177,6 @@ def _bytes(config: TrainConfig, images: int, width: int, classes: int) -> int:
     state = bytes_of_head(width, classes) + 4 * classes * (width + 1)
     table = 4 * images * classes * ESTIMATOR_COPIES
     cells = bytes_of_cells(config.batch_size, classes)
-    return state + cells + (table if LOSSES[config.loss].has_estimator else 0)
+    method = LOSSES[config.loss]
+    changing = bytes_of_changing(method, images, classes)
+    return state + cells + changing + (table if method.has_estimator else 0)

@@ -12,13 +12,15 @@ from torch.func import functional_call
 
 from mlc.heads.average import MovingAverage
 from mlc.heads.best_epoch import BestEpoch
+from mlc.heads.changing import Changing
 from mlc.heads.config import TrainConfig
 from mlc.heads.head_size import HeadSize
-from mlc.heads.losses import LOSSES, loss_value
 from mlc.heads.modules import make_head
 from mlc.heads.optimiser import make_optimiser, set_rate
 from mlc.heads.order import stream_seed
 from mlc.heads.tokens import Scorer
+from mlc.losses.table import LOSSES
+from mlc.losses.value import loss_value
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,14 @@ class Part:
         share: of the step's images.
         tokens: (b, T, C) float32.
         places: (b, T) where on the grid they lie, if some are left out.
-        labels: (b, L) int8.
+        rows: (b,) int64, of the training split.
     """
 
     index: int
     share: float
     tokens: Tensor
     places: Tensor | None
-    labels: Tensor
+    rows: Tensor
 
 
 class TokenTraining:
@@ -46,12 +48,19 @@ class TokenTraining:
     Attributes:
         config: of the head.
         best: its epochs; once they have ended it is not trained any more.
+        changing: its labels, and what else of its loss changes.
+
+    Args:
+        config: checked, its knobs settled.
+        size: of the head.
+        observed: (N, L) int8 of the training split, on the device of training.
+        steps: of the whole training.
     """
 
-    def __init__(
-        self, config: TrainConfig, size: HeadSize, device: torch.device, steps: int
-    ) -> None:
+    def __init__(self, config: TrainConfig, size: HeadSize, observed: Tensor, steps: int) -> None:
         self.config, self._steps = config, steps
+        device, self._method = observed.device, LOSSES[config.loss]
+        self.changing = Changing(self._method, config.knobs, observed, heads=1)
         generator = torch.Generator().manual_seed(config.seed)
         self._head = make_head(config.head, size, config, generator).to(device)
         self._optimiser = make_optimiser([(self._head, config.lr)], config, config.weight_decay)
@@ -85,9 +94,11 @@ class TokenTraining:
             part.tokens.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
         with autocast:
-            logits = self._head(part.tokens, part.places)
-        method = LOSSES[self.config.loss]
-        return loss_value(method, logits.float(), part.labels, knobs=self.config.knobs)
+            logits = self._head(part.tokens, part.places).float()[None]
+        labels, knobs = self.changing.labels(part.rows), self.changing.arguments(part.rows)
+        loss = loss_value(self._method, logits, labels, knobs=knobs)[0]
+        self.changing.after_step(part.rows, logits.detach(), labels)
+        return loss
 
     def scorers(self) -> list[Scorer]:
         """Return what gives logits (B, L) now: the head and, if there is one, its average."""
@@ -124,6 +135,7 @@ class TokenTraining:
             "average": self._average.state if self._average else {},
             "best": self.best.saved(),
             "loss": self._loss,
+            "changing": self.changing.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -135,3 +147,4 @@ class TokenTraining:
                 each.copy_(state["average"][name])
         self.best.restore(state["best"])
         self._loss.copy_(state["loss"])
+        self.changing.restore(state["changing"])

@@ -16,12 +16,12 @@ from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.explain import estimated_positives, estimator_quality
 from mlc.heads.inputs import EvalViews, Split, mean_of_views
-from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
 from mlc.heads.order import batches_of_epoch, order_generators
 from mlc.heads.train_full_batch import train_full_batch
 from mlc.heads.train_tokens import score_split, train_tokens
 from mlc.heads.trained import Diverged, TrainedHead, selection_targets
+from mlc.losses.table import LOSSES
 
 
 def train_head(
@@ -83,6 +83,7 @@ def train_block(
         )
         best = block.parameters.clone()
         for epoch, (batches, views) in enumerate(_epochs(config, train), start=1):
+            block.begin_epoch(epoch, config.epochs)
             losses = block.epoch(batches, check, views)
             lines = _lines(block, splits, config, epoch, losses.tolist())
             for index, (head, (line, estimates)) in enumerate(zip(heads, lines, strict=True)):

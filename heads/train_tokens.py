@@ -77,7 +77,7 @@ def train_tokens(
     steps = config.epochs * epoch_steps
     size = HeadSize(tokens["train"].width, train.observed.shape[1], tokens["train"].grid)
     require_memory(configs, size, train.features.device)
-    heads = [TokenTraining(each, size, train.features.device, steps) for each in configs]
+    heads = [TokenTraining(each, size, train.observed, steps) for each in configs]
     checkpoint = Checkpoint(
         checkpoint_path(config.out), _fingerprint(configs, splits), config.checkpoint_minutes
     )
@@ -87,6 +87,7 @@ def train_tokens(
     with torch.random.fork_rng(_gpus(train.features.device)):
         for batch, parts in _steps(config, train, reader, done):
             active = [head for head in heads if not head.best.ended]
+            _begin_epoch(active, batch, tokens["train"], reader, config)
             for part in parts:
                 for head in active:
                     head.add(part, batch.number)
@@ -208,16 +209,33 @@ def _parts(
 ) -> Iterator[Part]:
     """Yield the parts of a batch as they are read."""
     kept = _kept_tokens(config, train.of_tokens(), batch)
-    labels = train.observed[torch.from_numpy(batch.places).to(train.observed.device)]
+    rows = torch.from_numpy(batch.places).to(train.observed.device)
     for index, (cut, tokens) in enumerate(zip(cuts, read, strict=False)):
         places = None
         if kept is not None:
             places = kept[cut].to(tokens.device)
             tokens = tokens.take_along_dim(places[:, :, None], dim=1)
-        own = labels[cut]
-        yield Part(index, len(own) / len(labels), tokens, places, own)
+        own = rows[cut]
+        yield Part(index, len(own) / len(rows), tokens, places, own)
     if batch.last:
         next(read, None)  # at its end the reader is free for others
+
+
+def _begin_epoch(
+    heads: Sequence[TokenTraining],
+    batch: Batch,
+    tokens: Tokens,
+    reader: TokenReader,
+    config: TrainConfig,
+) -> None:
+    """Have losses change what they change, by the scores of all training images if need be."""
+    for head in heads:
+
+        def score(head: TokenTraining = head) -> Tensor:
+            (logits,) = score_tokens(head.scorers()[:1], tokens, reader, "first")
+            return torch.from_numpy(logits)[None].to(head.changing.observed.device)
+
+        head.changing.begin_epoch(batch.epoch, config.epochs, score)
 
 
 def _end_epoch(

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc.configs.errors import MlcError, choose
-from mlc.heads.losses import LOSSES
+from mlc.losses.table import LOSSES
 
 NAMED_CLASSES = 5  # in a sentence; of more, the number is told
 

@@ -11,8 +11,8 @@ from itertools import product
 from mlc.configs.errors import MlcError
 from mlc.datasets.formatted import FORMATTED
 from mlc.datasets.protocol import OFFICIAL_SEED
-from mlc.heads import losses
 from mlc.heads.run_folder import Run
+from mlc.losses.table import LOSSES as METHODS
 from mlc.report.groups import is_full_batch
 from mlc.report.table import Report, Row
 from mlc.report.written import PARTIAL, deviation_text
@@ -173,7 +173,7 @@ def _of_features(row: Row) -> list[str]:
 
 
 def _of_protocol(row: Row) -> list[str]:
-    config, method = row.runs[0].config, losses.LOSSES.get(_loss(row))
+    config, method = row.runs[0].config, METHODS.get(_loss(row))
     checks = {
         f"head {config.head}": config.head != "linear",
         f"{config.epochs} epochs": config.epochs != EPOCHS and not is_full_batch(row.runs[0]),
@@ -197,7 +197,7 @@ def _of_seeds(row: Row) -> list[str]:
 
 
 def _of_knobs(row: Row, data: str) -> list[str]:
-    method = losses.LOSSES.get(_loss(row))
+    method = METHODS.get(_loss(row))
     defaults = method.knobs() if method else {}
     # The one knob without a default is the authors' constant of the data set.
     k = FORMATTED[data].expected_positives

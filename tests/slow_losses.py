@@ -100,6 +100,61 @@ def slow_asl(c: Cell) -> float:
     return c.by_label(cell, 0.0, cell)
 
 
+def slow_em(c: Cell) -> float:
+    entropy = c.p * nl(c.p) + (1 - c.p) * nl(1 - c.p)
+    return c.by_label(nl(c.p), -c.knob("alpha", 0.1) * entropy, nl(1 - c.p))
+
+
+def slow_em_apl(c: Cell) -> float:
+    target = c.knob("soft_negatives", -1.0)
+    if c.z != 0 or target < 0:
+        return slow_em(c)
+    return c.knob("beta", 0.9) * (target * nl(c.p) + (1 - target) * nl(1 - c.p))
+
+
+def slow_large_loss(c: Cell, large: float) -> float:
+    """``large``: the label of an unknown one of large loss, 0 where it has no part."""
+    positive, negative = -math.log(c.p), -math.log(1 - c.p)
+    if c.knobs.get("is_large"):
+        return positive if large == 1 else 0.0
+    return positive if c.z == 1 else negative
+
+
+def slow_hill(c: Cell) -> float:
+    m = sigmoid(c.logit - c.knob("margin", 1.0))
+    positive = -((1 - m) ** c.knob("gamma", 2.0)) * math.log(m)
+    return positive if c.z == 1 else (c.knob("height", 1.5) - c.p) * c.p**2
+
+
+def slow_splc(c: Cell) -> float:
+    gamma = c.knob("gamma", 2.0)
+    if c.z == 1:
+        m = sigmoid(c.logit - c.knob("margin", 1.0))
+        return -((1 - m) ** gamma) * math.log(m)
+    if c.knob("corrects", 0.0) and sigmoid(c.target) > c.knob("threshold", 0.6):
+        return -((1 - c.p) ** gamma) * math.log(c.p)
+    return -(c.p**gamma) * math.log(1 - c.p)
+
+
+def slow_gr(c: Cell) -> float:
+    q2, q3 = c.knob("q2", 0.01), c.knob("q3", 1.0)
+    held = sigmoid(c.target)
+    missed = sigmoid(c.knob("slope", 0.0) * held + c.knob("offset", -2.0))
+    weight = math.exp(-0.5 * ((held - c.knob("centre", 0.5)) / c.knob("spread", 2.0)) ** 2)
+    negative = (1 - (1 - c.p) ** q3) / q3
+    unknown = weight * (missed * (1 - c.p**q2) / q2 + (1 - missed) * negative)
+    return c.by_label(-math.log(c.p + 1e-7), unknown, negative)
+
+
+def large_cells(logits: np.ndarray, labels: np.ndarray, share: float) -> np.ndarray:
+    """Which unknown cells cost at least as much as the K-th costliest of them."""
+    costs = np.where(labels == 0, -np.log(1 - 1 / (1 + np.exp(-logits))), -np.inf)
+    count = math.ceil(logits.size * share)
+    if count == 0:
+        return np.zeros(logits.shape, dtype=bool)
+    return (labels == 0) & (costs >= np.sort(costs, axis=None)[::-1][count - 1])
+
+
 SLOW: dict[str, Callable[[Cell], float]] = {
     "bce": slow_bce,
     "bce_ls": slow_bce_ls,
@@ -113,10 +168,54 @@ SLOW: dict[str, Callable[[Cell], float]] = {
     "role": slow_role,
     "focal": slow_focal,
     "asl": slow_asl,
+    "em": slow_em,
+    "em_apl": slow_em_apl,
+    "ll_r": lambda c: slow_large_loss(c, 0),
+    "ll_ct": lambda c: slow_large_loss(c, 1),
+    "ll_cp": lambda c: slow_large_loss(c, 1),
+    "hill": slow_hill,
+    "splc": slow_splc,
+    "gr": slow_gr,
+    "crisp": lambda c: 0.0 if "class_priors" in c.knobs else slow_bce(assumed_negative(c)),
+    "nnpu": lambda c: 0.0 if "class_priors" in c.knobs else slow_bce(assumed_negative(c)),
 }
 
 
-def slow_term(name: str, logits: np.ndarray, estimator: np.ndarray) -> float:
+def slow_crisp(positive: list[float], all_of: list[float], pi: float, n: float) -> float:
+    missed = sum(1 - sigmoid(x) for x in positive) / n if n else 0.0
+    return 2 * pi * missed + abs(sum(map(sigmoid, all_of)) / len(all_of) - pi)
+
+
+def slow_nnpu(positive: list[float], all_of: list[float], pi: float, n: float) -> float:
+    yes = pi * sum(-math.log(sigmoid(x)) for x in positive) / n if n else 0.0
+    no = pi * sum(-math.log(1 - sigmoid(x)) for x in positive) / n if n else 0.0
+    return yes + max(0.0, sum(-math.log(1 - sigmoid(x)) for x in all_of) / len(all_of) - no)
+
+
+def slow_risk(name: str, logits: np.ndarray, labels: np.ndarray, knobs: dict) -> float:
+    """CRISP and nnPU, class by class; ``n`` positives are expected in a batch."""
+    risk = {"crisp": slow_crisp, "nnpu": slow_nnpu}[name]
+    priors, shares = (
+        np.ravel(np.asarray(knobs[each])) for each in ("class_priors", "labelled_shares")
+    )
+    costs = [
+        risk(
+            list(logits[labels[:, j] == 1, j]),
+            list(logits[:, j]),
+            priors[j],
+            shares[j] * len(logits),
+        )
+        for j in range(logits.shape[1])
+    ]
+    return sum(costs) / len(costs)
+
+
+def slow_term(
+    name: str, logits: np.ndarray, estimator: np.ndarray, labels=None, knobs=None
+) -> float:
+    if name in ("crisp", "nnpu") and "class_priors" in (knobs or {}):
+        return slow_risk(name, logits, labels, knobs)
+
     def distance(x: np.ndarray) -> float:
         return (sum(sigmoid(each) for each in x.flat) / len(x) - K) ** 2 / x.shape[1] ** 2
 
@@ -137,6 +236,7 @@ class SlowLoss:
 
     def cells(self, logits: np.ndarray, estimator: np.ndarray) -> np.ndarray:
         cells = np.empty_like(logits)
+        large = large_cells(self.target, self.labels, self.knobs.get("large_share", 0.0))
         for n, i in np.ndindex(logits.shape):
             cells[n, i] = SLOW[self.name](
                 Cell(
@@ -146,13 +246,18 @@ class SlowLoss:
                     self.target[n, i],
                     self.estimator_target[n, i],
                     [(logits[n, j], int(self.labels[n, j])) for j in range(logits.shape[1])],
-                    self.knobs,
+                    {
+                        name: float(each[n, i]) if getattr(each, "shape", ())[:1] == (5,) else each
+                        for name, each in self.knobs.items()
+                    }
+                    | {"is_large": bool(large[n, i])},
                 )
             )
         return cells
 
     def __call__(self, logits: np.ndarray, estimator: np.ndarray) -> float:
-        return self.cells(logits, estimator).mean() + slow_term(self.name, logits, estimator)
+        term = slow_term(self.name, logits, estimator, self.labels, self.knobs)
+        return self.cells(logits, estimator).mean() + term
 
 
 def slopes(function: Callable[[np.ndarray], float], x: np.ndarray) -> np.ndarray:

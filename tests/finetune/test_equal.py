@@ -88,10 +88,19 @@ def history(run: Run) -> list[dict[str, float]]:
         {"loss": "bce", "labels": "full", "weight_decay": 0.3},
         {"loss": "role", "labels": "single-positive", "knobs": {"expected_positives": 1.7}},
         {"loss": "epr", "labels": "single-positive", "knobs": {"expected_positives": 1.7}},
+        {"loss": "ll_cp", "labels": "single-positive", "knobs": {"delta": 0.1}},
+        {"loss": "em_apl", "labels": "single-positive", "knobs": {"warm_up": 1}},
+        {"loss": "crisp", "labels": "single-positive"},
+        {"loss": "gr", "labels": "single-positive", "head": "attention-pool"},
+        {"loss": "ll_cp", "labels": "single-positive", "head": "attention-pool"},
+        {"loss": "em_apl", "knobs": {"warm_up": 1}, "head": "attention-pool"},
         {"loss": "asl", "labels": "full", **SLIM, "schedule": "one-cycle", "ema_decay": 0.9},
         {"loss": "bce", "labels": "full", "head": "attention-pool"},
     ],
-    ids=["bce", "decay", "role", "epr", "q2l", "attention-pool"],
+    ids=[
+        *("bce", "decay", "role", "epr", "ll_cp", "em_apl", "crisp"),
+        *("gr-tokens", "ll_cp-tokens", "em_apl-tokens", "q2l", "attention-pool"),
+    ],
 )
 def test_a_frozen_backbone_is_the_cached_head(
     photos: Path, store: Path, tmp_path: Path, settings: dict[str, Any]

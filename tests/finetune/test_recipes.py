@@ -19,7 +19,7 @@ from mlc.finetune.training import FineTuning
 from mlc.heads.decoder import DecoderConfig
 from mlc.heads.head_size import HeadSize
 from mlc.heads.modules import make_head
-from mlc.heads.role import ESTIMATOR_LR_FACTOR
+from mlc.losses.role import ESTIMATOR_LR_FACTOR
 
 IMAGES, CLASSES, STEPS = 6, 3, 50
 QUERY2LABEL = ("q2l-r101-448", "q2l-r101-448-v2")

@@ -30,6 +30,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "longer": {"epochs": 10},
     "role": {"loss": "role", "labels": "single-positive", "knobs": {"expected_positives": 1.7}},
 }
+CHANGED = {
+    "ll_cp": {"loss": "ll_cp", "knobs": {"delta": 0.1}},
+    "em_apl": {"loss": "em_apl", "knobs": {"warm_up": 1}},
+}
+RECIPES |= {name: {"labels": "single-positive"} | each for name, each in CHANGED.items()}
 KINDS = ("linear", "q2l", "role")
 ALWAYS = 1e-9  # minutes between two states: every step
 KILLS = 10
@@ -136,6 +141,14 @@ def test_it_may_be_stopped_anywhere(
     run, told = resume(out)
     assert told == list(range(done, STEPS + 1))
     assert_same_bits(whole(recipe), run)
+
+
+@pytest.mark.parametrize("recipe", CHANGED)
+def test_what_a_loss_changed_is_kept(
+    photos: Path, whole: Callable[[str], Run], tmp_path: Path, recipe: str
+) -> None:
+    stop(photos, tmp_path / "run", 6, **RECIPES[recipe])
+    assert_same_bits(whole(recipe), resume(tmp_path / "run")[0])
 
 
 def test_a_training_may_be_stopped_again_and_again(

@@ -11,16 +11,17 @@ from plain import PlainTraining
 from mlc.configs.device import one_thread
 from mlc.heads.block import RECORDED, LinearBlock, Start
 from mlc.heads.inputs import Split
-from mlc.heads.losses import LOSSES
 from mlc.heads.train import batches_of_epoch
+from mlc.losses.table import LOSSES
 
 GOLDEN = golden.load("mlspl/trajectory.json")
 EXPECTED_POSITIVES = 1.5
 
 
 def knobs_of(loss: str, expected_positives: float = EXPECTED_POSITIVES) -> dict[str, float]:
-    known = LOSSES[loss].knobs()
-    return {"expected_positives": expected_positives} if "expected_positives" in known else {}
+    """Its knobs; what changes does so early, and enough to be seen."""
+    wanted = {"expected_positives": expected_positives, "warm_up": 2, "delta": 0.02}
+    return {name: each for name, each in wanted.items() if name in LOSSES[loss].knobs()}
 
 
 def golden_labels(loss: str) -> torch.Tensor:
@@ -84,8 +85,10 @@ def test_the_fast_path_is_the_plain_one(loss: str) -> None:
     plain = PlainTraining(loss, knobs_of(loss), train, lr=1e-3, seed=3)
     block = block_of(loss, [Start(1e-3, 0.0, seed=3)], train, 6)
     order = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for epoch in range(1, 21):
         batches = batches_of_epoch(90, 6, order)
+        block.begin_epoch(epoch, 20)
+        plain.begin_epoch(epoch, 20)
         mean = float(block.epoch(batches)[0])
         assert mean == pytest.approx(plain.epoch(batches), rel=1e-4)
     close = {"rtol": 1e-3, "atol": 2e-4}
@@ -169,8 +172,10 @@ def require_alone_equals_together(
 
     def trained(which: list[Start]) -> tuple[LinearBlock, list[torch.Tensor]]:
         block, order = block_of(loss, which, train, batch_size), torch.Generator().manual_seed(1)
-        images, losses, done = len(train.features), [], 0
+        images, losses, done, epoch = len(train.features), [], 0, 0
         while done < steps:
+            epoch += 1
+            block.begin_epoch(epoch, 5)
             batches = batches_of_epoch(images, batch_size, order)[: steps - done]
             views = None
             if train.views is not None:
@@ -255,6 +260,8 @@ def test_a_captured_step_is_the_step(loss: str, in_views: bool) -> None:
         on_gpu = replace(on_gpu, views=train.all_views().cuda())
         views = torch.randint(3, batches.shape, generator=torch.Generator().manual_seed(1))
     blocks = [block_of(loss, STARTS, split, 2) for split in (train, on_gpu)]
+    for block in blocks:
+        block.begin_epoch(3, 5)
     losses = [block.epoch(batches, views=views) for block in blocks]
     torch.testing.assert_close(losses[0], losses[1].cpu(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(

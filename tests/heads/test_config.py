@@ -16,7 +16,7 @@ from mlc.heads.config import (
     settle_knobs,
     splits_in_views,
 )
-from mlc.heads.losses import LOSSES
+from mlc.losses.table import LOSSES
 
 
 def table_of(**changes: Any) -> LabelTable:

@@ -18,7 +18,7 @@ from mlc.heads.full_batch import (
 )
 from mlc.heads.lbfgs import solve
 from mlc.heads.logistic import Problems, Track, bytes_per_slot, rotate
-from mlc.heads.losses import LOSSES
+from mlc.losses.table import LOSSES
 
 IMAGES, WIDTH, CLASSES = 300, 12, 5
 

@@ -22,10 +22,10 @@ from mlc.heads.config import TrainConfig
 from mlc.heads.fit import fit, keep, prepare, read_inputs, run_path
 from mlc.heads.grid import SweepConfig, grid_of
 from mlc.heads.inputs import Features
-from mlc.heads.losses import LOSSES
 from mlc.heads.run_folder import FILES, Run
 from mlc.heads.sweep import Swept, sweep
 from mlc.heads.train import Diverged, TrainedHead, train_block
+from mlc.losses.table import LOSSES
 from mlc.report.table import find_runs, make_report
 
 SAME = ("head.safetensors", "scores.npz", "metrics.jsonl")  # the bits of a head
@@ -399,7 +399,10 @@ def test_views_that_the_store_lacks_are_refused_before_any_head_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
-REFUSING = {"pr", "an", "an_ls", "wan"}  # labels of -1
+# labels of -1
+REFUSING = {
+    *["pr", "an", "an_ls", "wan", "hill", "splc", "ll_r", "ll_ct", "ll_cp", "crisp", "nnpu"]
+}
 FULL = made_store.table_of().observed
 SINGLE = np.where(np.cumsum(FULL == 1, axis=1) * (FULL == 1) == 1, 1, 0).astype(np.int8)
 
@@ -472,7 +475,7 @@ def test_all_of_partial_labels_leaves_out_what_needs_a_number_that_nobody_gave(
     path = store_of(SINGLE, partial=True)
     swept = sweep(config_of(path, tmp_path / "runs"))
     left_out = [each for each in LOSSES if each not in {run.config.loss for run in swept.runs}]
-    assert left_out == ["bce", "bce_ls", "iun", "iu", "epr", "role", "focal", "asl"]
+    assert set(left_out) == {"bce", "bce_ls", "iun", "iu", "epr", "role", "focal", "asl"}
     assert [note.split(":")[0] for note in swept.notes] == [f"left out {each}" for each in left_out]
     given = config_of(path, tmp_path / "given", knobs={"expected_positives": 1.9})
     assert {"epr", "role"} <= {run.config.loss for run in sweep(given).runs}

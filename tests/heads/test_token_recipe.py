@@ -94,10 +94,29 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("step", [1, 4, 8])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {
+            "loss": "ll_cp",
+            "labels": "single-positive",
+            "knobs": {"delta": 0.1},
+            "micro_batch": None,
+        },
+        {"loss": "em_apl", "labels": "single-positive", "knobs": {"warm_up": 1}},
+        {"loss": "crisp", "labels": "single-positive", "micro_batch": None},
+    ],
+    ids=["asl", "ll_cp", "em_apl", "crisp"],
+)
 def test_what_was_killed_goes_on_to_the_same_numbers(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    loss: dict[str, Any],
 ) -> None:
-    settings = {**RECIPE, "epochs": 4, "view_augment": True, "checkpoint_minutes": 1e-9}
+    settings = {**RECIPE, "epochs": 4, "view_augment": True, "checkpoint_minutes": 1e-9, **loss}
     whole = trained(store, tmp_path / "whole", **settings)
     taken, deaths, original = [], [True], TokenTraining.step
 

@@ -15,7 +15,6 @@ from mlc.heads.block import LinearBlock, Start
 from mlc.heads.config import TrainConfig
 from mlc.heads.inputs import Split
 from mlc.heads.linear import LinearHead
-from mlc.heads.losses import LOSSES
 from mlc.heads.metrics import mean_ap
 from mlc.heads.train import (
     _epochs,
@@ -26,6 +25,7 @@ from mlc.heads.train import (
     train_head,
 )
 from mlc.heads.trained import Diverged, TrainedHead
+from mlc.losses.table import LOSSES
 
 
 def random_split(images: int, seed: int) -> Split:

@@ -8,7 +8,7 @@ import pytest
 from made_runs import KEY, write
 
 from mlc.configs.errors import MlcError
-from mlc.heads import losses
+from mlc.losses.table import LOSSES as METHODS
 from mlc.report import mlspl_paper
 from mlc.report.mlspl_paper import mlspl_note, mlspl_records
 from mlc.report.table import Report, make_report
@@ -34,7 +34,7 @@ def report_of(
             folder,
             f"{loss}{index}",
             loss=loss,
-            **({"labels": losses.LOSSES[loss].labels, "lr": lr, "batch_size": size} | settings),
+            **({"labels": METHODS[loss].labels, "lr": lr, "batch_size": size} | settings),
         )
         for loss in names
         for index, (lr, size) in enumerate(grid)
@@ -82,7 +82,7 @@ def test_only_losses_of_the_paper_have_figures_and_all_four_of_them() -> None:
             assert loss in mlspl_paper.LOSSES
             assert list(values) == list(mlspl_paper.DATA_SETS)
             assert all(0 < value < 100 for value in values.values())
-    assert set(mlspl_paper.LOSSES) <= set(losses.LOSSES)
+    assert set(mlspl_paper.LOSSES) <= set(METHODS)
 
 
 def test_no_figure_that_is_not_verified_is_in_the_table() -> None:
@@ -207,7 +207,7 @@ def test_one_other_seed_among_those_of_a_row_is_named(tmp_path: Path) -> None:
 
 
 def test_weight_decay_that_was_tried_and_not_chosen_differs_too(tmp_path: Path) -> None:
-    labels = losses.LOSSES["an"].labels
+    labels = METHODS["an"].labels
     shared = {"key": PAPER_KEY, "more": {"dataset": "coco"}, "labels": labels}
     runs = [
         write(tmp_path, f"{lr}{size}{decay}", lr=lr, batch_size=size, weight_decay=decay, **shared)

@@ -14,7 +14,9 @@ from zarr.core.metadata import ArrayV3Metadata
 
 from mlc.store.zarr_chunks import Chunks, plain_chunks
 
-WORDS = st.lists(st.text(st.characters(exclude_characters="\0"), max_size=4), min_size=1)
+WORDS = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4), min_size=1
+)
 ROWS, CHUNK = 10, 4
 
 

@@ -6,7 +6,8 @@ apart is which labels the protocol shows them.
 
 from torch import Tensor
 
-from mlc.heads.bce import bce
+from mlc.losses.bce import bce, bce_weights
+from mlc.losses.method import Method
 
 
 def iun(logits: Tensor, labels: Tensor) -> Tensor:
@@ -47,3 +48,11 @@ def iu(logits: Tensor, labels: Tensor) -> Tensor:
     observed positive and an observed negative.
     """
     return bce(logits, labels)
+
+
+METHODS = {
+    "iun": Method(
+        iun, "one-positive-all-negatives", observed_negatives="needed", weights=bce_weights
+    ),
+    "iu": Method(iu, "one-positive-one-negative", observed_negatives="needed", weights=bce_weights),
+}

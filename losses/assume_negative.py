@@ -1,9 +1,13 @@
 """Losses that take every label which is not an observed positive for a negative."""
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from mlc.heads.bce import SMOOTHING, cross_entropy, smooth
+from mlc.losses.bce import SMOOTHING, cross_entropy, smooth
+from mlc.losses.method import Method
 
 
 def an(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,3 +74,22 @@ def wan_weights(
         negative_weight = 1 / max(1, labels.shape[-1] - 1)
     positive = (labels == 1).to(dtype)
     return positive, negative_weight * (1 - positive)
+
+
+METHODS = {
+    "an": Method(an, "single-positive", observed_negatives="refused", weights=an_weights),
+    "an_ls": Method(
+        an_ls,
+        "single-positive",
+        observed_negatives="refused",
+        ranges={"smoothing": (0.0, 1.0)},
+        weights=partial(an_weights, smoothing=SMOOTHING),
+    ),
+    "wan": Method(
+        wan,
+        "single-positive",
+        observed_negatives="refused",
+        ranges={"negative_weight": (0.0, math.inf)},
+        weights=wan_weights,
+    ),
+}

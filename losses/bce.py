@@ -5,8 +5,12 @@ the logarithm, so that a cell costs 11.51 at most and its gradient vanishes at t
 ``binary_cross_entropy_with_logits`` differs there.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from mlc.losses.method import Method
 
 LOG_EPSILON = 1e-5
 SMOOTHING = 0.1  # of the release; the paper's text means half of it
@@ -99,3 +103,15 @@ def bce_ls(logits: Tensor, labels: Tensor, *, smoothing: float | Tensor = SMOOTH
     Source: ``loss_bce_ls`` of the MLSPL release.
     """
     return cross_entropy(logits, *bce_weights(labels, logits.dtype, smoothing=smoothing))
+
+
+METHODS = {
+    "bce": Method(bce, "full", observed_negatives="needed", weights=bce_weights),
+    "bce_ls": Method(
+        bce_ls,
+        "full",
+        observed_negatives="needed",
+        ranges={"smoothing": (0.0, 1.0)},
+        weights=partial(bce_weights, smoothing=SMOOTHING),
+    ),
+}

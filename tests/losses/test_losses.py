@@ -8,25 +8,54 @@ import golden
 import numpy as np
 import pytest
 import torch
-from slow_losses import K, SlowLoss, slopes, slow_term
+from slow_losses import SLOW, K, SlowLoss, slopes, slow_term
 from torchvision.ops import sigmoid_focal_loss
 
 from mlc.configs.errors import MlcError
-from mlc.heads.losses import LOSSES, Method, check_knobs, loss_gradient, loss_value
+from mlc.losses.method import Method, keywords, wanted
+from mlc.losses.table import LOSSES, check_knobs
+from mlc.losses.value import loss_gradient, loss_value
 
 CASES = golden.load("mlspl/losses.json")
 Q2L = {"gamma_neg": 2, "gamma_pos": 0, "clip": 0, "epsilon": 1e-5}
 DETACHED = {**Q2L, "focus_gradient": 0}
-# (loss, the authors' entry, knobs): all of LOSSES but focal, whose oracle is torchvision
+# (loss, the authors' entry, knobs); focal's oracle is torchvision, of others there is no code
 PARITY = [
-    *((name, name, {}) for name in LOSSES if name not in ("focal", "asl")),
+    *((name, name, {}) for name in ("bce", "bce_ls", "iun", "iu", "pr", "an", "an_ls", "wan")),
+    *((name, name, {}) for name in ("epr", "role", "em", "em_apl")),
+    *(
+        (f"ll_{scheme}", f"ll-{scheme}_clean_rate_{clean}", {"large_share": 1 - clean})
+        for scheme in ("r", "ct", "cp")
+        for clean in (1, 0.9)
+    ),
+    ("hill", "hill", {}),
+    ("splc", "splc_epoch0", {}),
+    ("splc", "splc_epoch1", {"corrects": 1.0}),
+    ("gr", "gr", {"slope": 2.0, "offset": -2.0, "centre": 0.8, "spread": 0.5}),
     ("asl", "asl_gneg4_gpos1_clip0.05_sum", {}),
     ("asl", "q2l_asl_gneg2_gpos0_clip0", Q2L),
     ("asl", "q2l_asl_gneg2_gpos0_clip0_detached", DETACHED),
     ("asl", "q2l_bce", {**Q2L, "gamma_neg": 0}),
 ]
+SOFT_NEGATIVES = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4)
+PRIORS = {
+    "class_priors": torch.tensor([[0.5, 0.2, 0.9, 0.3]], dtype=torch.float64),
+    "labelled_shares": torch.tensor([[0.2, 0.1, 0.9, 0.0]], dtype=torch.float64),
+}
 VARIANTS = [
     *((name, {}) for name in LOSSES),
+    ("em", {"alpha": 0.3}),
+    ("em_apl", {"soft_negatives": SOFT_NEGATIVES}),
+    ("ll_r", {"large_share": 0.2}),
+    ("ll_ct", {"large_share": 0.2}),
+    ("ll_cp", {"large_share": 0.1}),
+    ("hill", {"height": 1.2, "margin": 0.5, "gamma": 0.5}),
+    ("splc", {"corrects": 1.0}),
+    ("splc", {"corrects": 1.0, "threshold": 0.3, "margin": 0.5, "gamma": 0.5}),
+    ("gr", {"slope": 2.0, "offset": -2.0, "centre": 0.8, "spread": 0.5}),
+    ("gr", {"q2": 0.5, "q3": 0.7}),
+    ("crisp", PRIORS),
+    ("nnpu", PRIORS),
     ("an_ls", {"smoothing": 0.05}),
     ("wan", {"negative_weight": 0.3}),
     ("focal", {"gamma": 0.5, "alpha": 0.25}),
@@ -36,6 +65,14 @@ VARIANTS = [
     ("asl", DETACHED),
     ("asl", {**DETACHED, "focus_gradient": 0.4, "gamma_pos": 1.7}),
 ]
+# What changes as training goes on, as it is later than in the first epoch.
+LATER = {
+    "em_apl": {"soft_negatives": SOFT_NEGATIVES},
+    **{name: {"large_share": 0.2} for name in ("ll_r", "ll_ct", "ll_cp")},
+    "splc": {"corrects": 1.0},
+    "crisp": PRIORS,
+    "nnpu": PRIORS,
+}
 KNOB_VALUES = {
     "smoothing": (0.0, 0.05, 0.3),
     "negative_weight": (0.01, 0.3, 1.0),
@@ -47,6 +84,12 @@ KNOB_VALUES = {
     "clip": (0.0, 0.05, 0.2),
     "focus_gradient": (0.0, 1.0, 0.5),
     "epsilon": (1e-8, 0.1, 0.2),
+    "beta": (0.1, 0.5, 0.9),
+    "height": (1.0, 1.5, 2.0),
+    "margin": (0.0, 0.5, 1.0),
+    "threshold": (0.1, 0.5, 0.9),
+    "q2": (0.01, 0.5, 1.0),
+    "q3": (0.01, 0.5, 1.0),
 }
 
 
@@ -57,6 +100,7 @@ def labels_of(case: dict, result: dict) -> torch.Tensor:
     return {
         "true_labels": true,
         "single_positive": single,
+        "soft_negatives (a value -s marks a soft negative with target s)": single,
         "single_positive + true_labels": torch.where(true == -1, -1, single),
         "one_positive_one_negative": torch.tensor(case["one_positive_one_negative"]),
     }[result["labels"]]
@@ -74,7 +118,10 @@ def value(name: str, logits, labels, estimator=None, weights=None, **knobs):
     method = LOSSES[name]
     if method.has_estimator and estimator is None:
         estimator = torch.linspace(-2, 2, logits.numel(), dtype=logits.dtype).view_as(logits)
-    extra = knobs_of(name) | knobs
+    extra = {
+        knob: each.to(logits.dtype) if isinstance(each, torch.Tensor) else each
+        for knob, each in (knobs_of(name) | knobs).items()
+    }
     estimator = estimator if method.has_estimator else None
     return loss_value(
         method, logits, labels, knobs=extra, estimator_logits=estimator, weights=weights
@@ -101,7 +148,10 @@ def test_value_and_gradients_are_the_authors(
     logits = torch.tensor(case["logits"], requires_grad=True)
     estimator = torch.tensor(case["estimator_logits"], requires_grad=True)
     knobs = knobs_of(name, case["expected_positives"]) | knobs
-    ours = logits.numel() if entry.endswith("_sum") else 1
+    if name == "em_apl":
+        soft = -torch.tensor(case["soft_negatives"])
+        knobs |= {"soft_negatives": torch.where(soft > 0, soft, -1.0)}
+    ours = logits.numel() if "sum" in (entry[-3:], result.get("reduction")) else 1
     theirs = 1000 if entry.startswith("q2l") else 1
     loss = value(name, logits, labels_of(case, result), estimator, **knobs) * ours
     loss.backward()
@@ -136,12 +186,16 @@ def test_a_batch_has_every_label_in_it() -> None:
         assert set(random_batch(seed)[1].flatten().tolist()) == {-1, 0, 1}
 
 
-@pytest.mark.parametrize(("name", "knobs"), VARIANTS)
+OWN = [(name, knobs) for name, knobs in VARIANTS if name in SLOW]  # that the loops know
+
+
+@pytest.mark.parametrize(("name", "knobs"), OWN)
 def test_cells_are_the_formula_in_a_loop(name: str, knobs: dict[str, float]) -> None:
     logits, labels = random_batch(0)
     estimator = random_estimator(0)
     extra = {"estimator_logits": estimator} if LOSSES[name].has_estimator else {}
-    cells = LOSSES[name].cells(logits, labels, **knobs, **extra)
+    of_cells = wanted(LOSSES[name].cells, knobs | extra)
+    cells = LOSSES[name].cells(logits, labels, **of_cells)
     slow = slow_loss(name, 0, knobs)
     want = slow.cells(logits.numpy(), estimator.numpy())
     np.testing.assert_allclose(cells, want, rtol=1e-9, atol=1e-12)
@@ -149,7 +203,7 @@ def test_cells_are_the_formula_in_a_loop(name: str, knobs: dict[str, float]) -> 
     np.testing.assert_allclose(got, slow(logits.numpy(), estimator.numpy()), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "knobs"), VARIANTS)
+@pytest.mark.parametrize(("name", "knobs"), OWN)
 def test_gradients_are_the_slopes_with_stopped_gradients_held(
     name: str, knobs: dict[str, float]
 ) -> None:
@@ -167,7 +221,11 @@ def test_gradients_are_the_slopes_with_stopped_gradients_held(
 
 @pytest.mark.parametrize(
     ("name", "knobs"),
-    [(name, knobs) for name, knobs in VARIANTS if name != "role" and "focus_gradient" not in knobs],
+    [
+        (name, knobs)
+        for name, knobs in VARIANTS
+        if name not in ("role", "gr") and "focus_gradient" not in knobs
+    ],
 )
 def test_gradcheck(name: str, knobs: dict[str, float]) -> None:
     """Not of stopped gradients, which only the slopes above can hold."""
@@ -184,9 +242,9 @@ def test_gradcheck(name: str, knobs: dict[str, float]) -> None:
 def test_extreme_logits_stay_finite(
     name: str, knobs: dict[str, float], size: float, agree: bool, dtype: torch.dtype
 ) -> None:
-    logits = torch.full((3, 4), size, dtype=dtype, requires_grad=True)
-    estimator = torch.full((3, 4), size if agree else -size, dtype=dtype, requires_grad=True)
-    labels = torch.tensor([[1, 0, 0, -1]] * 3, dtype=torch.int8)
+    logits = torch.full((5, 4), size, dtype=dtype, requires_grad=True)
+    estimator = torch.full((5, 4), size if agree else -size, dtype=dtype, requires_grad=True)
+    labels = torch.tensor([[1, 0, 0, -1]] * 5, dtype=torch.int8)
     loss = value(name, logits, labels, estimator, **knobs)
     loss.backward()
     assert loss.dtype == dtype
@@ -209,7 +267,14 @@ def test_a_cell_of_weight_zero_changes_nothing(name: str, label: int) -> None:
 
     def loss() -> torch.Tensor:
         given = estimator if method.has_estimator else None
-        return loss_value(method, logits, labels, knobs={}, weights=weights, estimator_logits=given)
+        return loss_value(
+            method,
+            logits,
+            labels,
+            knobs={} if LOSSES[name].batch_term else LATER.get(name, {}),
+            weights=weights,
+            estimator_logits=given,
+        )
 
     before = loss()
     logits[1, 2], estimator[1, 2], labels[1, 2] = 3.0, -3.0, {1: 0, 0: -1, -1: 1}[label]
@@ -222,16 +287,18 @@ def test_a_cell_of_weight_zero_changes_nothing(name: str, label: int) -> None:
         assert estimator.grad[1, 2] == 0
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SLOW)
 def test_weights_are_of_the_cells_and_leave_the_divisor_and_the_regulariser(name: str) -> None:
     logits, labels = random_batch(2)
     estimator = random_estimator(2)
-    method, slow = LOSSES[name], slow_loss(name, 2, {})
-    rows = torch.tensor([1.0, 0.5, 0.0, 2.0, 3.0])
+    method = LOSSES[name]
+    slow = slow_loss(name, 2, LATER.get(name, {}))
+    rows = torch.tensor([1.0, 0.5, 4.0, 2.0, 3.0])
     weights = rows.sqrt() if name == "pr" else rows  # a pair weighs the product of two
-    got = value(name, logits, labels, estimator, weights[:, None].expand_as(logits))
+    weights = weights[:, None].expand_as(logits)
+    got = value(name, logits, labels, estimator, weights, **LATER.get(name, {}))
     cells = slow.cells(logits.numpy(), estimator.numpy()) * rows.numpy()[:, None]
-    term = slow_term(name, logits.numpy(), estimator.numpy())
+    term = slow_term(name, logits.numpy(), estimator.numpy(), labels.numpy(), LATER.get(name))
     assert (term != 0) == (method.batch_term is not None)
     np.testing.assert_allclose(got, cells.mean() + term, rtol=1e-6)
 
@@ -270,13 +337,24 @@ def test_a_stack_of_heads_gives_each_its_own_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "knob"), [(name, knob) for name, method in LOSSES.items() for knob in method.knobs()]
+    ("name", "knob"),
+    [
+        (name, knob)
+        for name, method in LOSSES.items()
+        for knob in method.knobs()
+        if knob in (keywords(method.cells) | keywords(method.batch_term or method.cells))
+        and knob in KNOB_VALUES
+    ],
 )
 def test_a_stack_of_heads_gives_each_its_own_knob(name: str, knob: str) -> None:
     logits, labels = random_batch(5)
     estimator = random_estimator(5)
     given = KNOB_VALUES[knob]
-    others = {"gamma_pos": 0.7} if knob == "focus_gradient" else {}
+    others = {
+        "focus_gradient": {"gamma_pos": 0.7},
+        "beta": {"soft_negatives": SOFT_NEGATIVES},
+        "threshold": {"corrects": 1.0},
+    }.get(knob, {})
     inputs = [logits.clone().requires_grad_() for _ in given]
     alone = [
         value(name, x, labels, estimator, **{knob: number}, **others)
@@ -341,9 +419,23 @@ def test_weights_and_the_estimator_are_no_knobs() -> None:
         check_knobs("role", {"estimator_logits": 1})
 
 
-def test_the_table_is_in_the_papers_order() -> None:
-    wanted = "bce bce_ls iun iu pr an an_ls wan epr role focal asl"
-    assert " ".join(LOSSES) == wanted
+def test_the_table_has_every_method_of_the_papers() -> None:
+    wanted = "bce bce_ls iun iu pr an an_ls wan epr role focal asl "
+    wanted += "em em_apl ll_r ll_ct ll_cp hill splc gr crisp nnpu"
+    assert set(wanted.split()) <= set(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_changes_has_a_value_from_the_start_and_is_no_knob(name: str) -> None:
+    method = LOSSES[name]
+    assert bool(method.changing) == (method.schedule is not None or method.recompute is not None)
+    for argument in method.changing:
+        pieces = [each for each in (method.cells, method.batch_term) if each is not None]
+        defaults = [keywords(each)[argument] for each in pieces if argument in keywords(each)]
+        assert defaults
+        assert inspect.Parameter.empty not in defaults
+        with pytest.raises(MlcError, match=f"{name} has no knob '{argument}'"):
+            check_knobs(name, {argument: 0.5})
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -5,7 +5,7 @@ import math
 import torch
 from scipy.stats import kstest
 
-from mlc.heads.role import initial_estimator_logits
+from mlc.losses.role import initial_estimator_logits
 
 
 def logit(p: float) -> float:

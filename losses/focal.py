@@ -1,8 +1,12 @@
 """Losses for full labels that attend to what is not learnt yet: focal and asymmetric loss."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from mlc.losses.method import Method
 
 
 def focal(
@@ -96,3 +100,25 @@ def _focused(
     weight = rest**gamma
     weight = focus_gradient * weight + (1 - focus_gradient) * weight.detach()
     return -weight * torch.log(probs.clamp(min=epsilon))
+
+
+METHODS = {
+    "focal": Method(
+        focal,
+        "full",
+        observed_negatives="needed",
+        ranges={"gamma": (0.0, math.inf), "alpha": (0.0, 1.0)},
+    ),
+    "asl": Method(
+        asl,
+        "full",
+        observed_negatives="needed",
+        ranges={
+            "gamma_neg": (0.0, math.inf),
+            "gamma_pos": (0.0, math.inf),
+            "clip": (0.0, 1.0),
+            "focus_gradient": (0.0, 1.0),
+            "epsilon": (0.0, 1.0),
+        },
+    ),
+}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mlc.losses.method import Method
+
 
 def pr(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Cost of ranking an image's unknown labels against its observed positives.
@@ -34,3 +36,6 @@ def pr(logits: Tensor, labels: Tensor, *, weights: Tensor | None = None) -> Tens
     count = unknown.sum(dim=-1, keepdim=True)
     total = (unknown * probs).sum(dim=-1, keepdim=True)
     return torch.where(labels == 1, count * (1 - probs) + total, 0.0)
+
+
+METHODS = {"pr": Method(pr, "single-positive", observed_negatives="refused")}

@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from mlc.heads.bce import bce_weights, cross_entropy, cross_entropy_slope
-from mlc.heads.expected_positive import epr_term, term_slope
+from mlc.losses.bce import bce_weights, cross_entropy, cross_entropy_slope
+from mlc.losses.expected_positive import epr_term, term_slope
+from mlc.losses.method import Method
 
 ESTIMATOR_LR_FACTOR = 10.0
 UNKNOWN_LOGIT = math.log(0.6 / 0.4)  # unknown cells start uniform in logits, between 0.4 and 0.6
@@ -46,11 +47,15 @@ def role(logits: Tensor, labels: Tensor, *, estimator_logits: Tensor) -> Tensor:
 
 
 def role_term(
-    logits: Tensor, *, estimator_logits: Tensor, expected_positives: float | Tensor
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    estimator_logits: Tensor,
+    expected_positives: float | Tensor,
 ) -> Tensor:
     """Mean of EPR's regulariser of the head and of the estimator, (...)."""
-    head = epr_term(logits, expected_positives=expected_positives)
-    estimator = epr_term(estimator_logits, expected_positives=expected_positives)
+    head = epr_term(logits, labels, expected_positives=expected_positives)
+    estimator = epr_term(estimator_logits, labels, expected_positives=expected_positives)
     return (head + estimator) / 2
 
 
@@ -89,3 +94,14 @@ def initial_estimator_logits(observed: Tensor, generator: torch.Generator) -> Te
     uniform = torch.rand(observed.shape, generator=generator) * 2 - 1
     start = torch.where(observed == 0, uniform * UNKNOWN_LOGIT, observed * OBSERVED_LOGIT)
     return start.float()
+
+
+METHODS = {
+    "role": Method(
+        role,
+        "single-positive",
+        role_term,
+        ranges={"expected_positives": (0.0, math.inf)},
+        gradient=role_gradient,
+    ),
+}

@@ -1,9 +1,12 @@
 """Expected positive regularisation (EPR): positives only, and a known number of them an image."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from mlc.heads.bce import bce, bce_weights, cross_entropy_slope
+from mlc.losses.bce import bce, bce_weights, cross_entropy_slope
+from mlc.losses.method import Method
 
 
 def epr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def epr_gradient(
     return (slope * probs * (1 - probs),)
 
 
-def epr_term(logits: Tensor, *, expected_positives: float | Tensor) -> Tensor:
+def epr_term(logits: Tensor, labels: Tensor, *, expected_positives: float | Tensor) -> Tensor:
     """Squared distance of the batch's mean number of positives from the expected one.
 
     ``((mean over images of the sum of p) - k)^2 / L^2``. The mean is over the mini-batch, so a
@@ -42,6 +45,7 @@ def epr_term(logits: Tensor, *, expected_positives: float | Tensor) -> Tensor:
 
     Args:
         logits: (..., B, L), unbounded.
+        labels: (..., B, L), which it has no use for.
         expected_positives: k, positives of an image; 2.9 on COCO.
 
     Returns:
@@ -64,3 +68,14 @@ def term_slope(probs: Tensor, expected_positives: float | Tensor) -> Tensor:
     images, classes = probs.shape[-2:]
     found = probs.sum(dim=(-2, -1), keepdim=True) / images
     return (found - expected_positives) * (2 / (classes**2 * images))
+
+
+METHODS = {
+    "epr": Method(
+        epr,
+        "single-positive",
+        epr_term,
+        ranges={"expected_positives": (0.0, math.inf)},
+        gradient=epr_gradient,
+    ),
+}

@@ -1,0 +1,1 @@
+"""Losses: one file per family, which ends with the table of its methods."""
