@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import LabelTable, save_labels
-from mlc.datasets.protocol import OFFICIAL_SEED, Labels, apply_protocol
+from mlc.datasets.protocol import LABEL_SHARE, NEGATIVES, OFFICIAL_SEED, Labels, apply_protocol
 from mlc.datasets.source import DataConfig, read_images
 
 
@@ -15,12 +15,16 @@ class PrepareConfig(DataConfig):
         labels: what training would see.
         split_seed: of the validation split.
         corruption_seed: of the choice of single positives.
+        label_share: see ``apply_protocol``.
+        negatives: likewise.
         out: write the table to this ``.npz``; by default nothing is written.
     """
 
     labels: Labels = "full"
     split_seed: int = OFFICIAL_SEED
     corruption_seed: int = OFFICIAL_SEED
+    label_share: float = LABEL_SHARE
+    negatives: int = NEGATIVES
     out: Path | None = None
 
 
@@ -36,6 +40,8 @@ def prepare(config: PrepareConfig) -> tuple[ImageSet, LabelTable]:
         config.labels,
         split_seed=config.split_seed,
         corruption_seed=config.corruption_seed,
+        label_share=config.label_share,
+        negatives=config.negatives,
     )
     if config.out is not None:
         save_labels(table, config.out)

@@ -1,6 +1,7 @@
 """From what is annotated to what a training run sees: splits and single positives, bit-exact."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,10 +15,15 @@ Labels = Literal[
     "single-positive",
     "one-positive-one-negative",
     "one-positive-all-negatives",
+    "one-positive-some-negatives",
+    "some-positives",
+    "some-labels",
     "as-given",
 ]
 OFFICIAL_SEED = 1200  # of the authors, for the split and for the corruption
 VAL_FRACTION = 0.2  # of the official training images
+LABEL_SHARE = 0.5
+NEGATIVES = 1
 CSV_FRACTIONS = (0.7, 0.1, 0.2)  # train, val, test where a CSV has no split column
 
 
@@ -27,6 +33,8 @@ def apply_protocol(
     *,
     split_seed: int = OFFICIAL_SEED,
     corruption_seed: int = OFFICIAL_SEED,
+    label_share: float = LABEL_SHARE,
+    negatives: int = NEGATIVES,
 ) -> LabelTable:
     """Return the table with all three splits and the observed labels asked for.
 
@@ -36,15 +44,20 @@ def apply_protocol(
         table: as read; splits may be missing.
         labels: "full" shows the truth; "single-positive" one positive of each image, the same one
             that "one-positive-one-negative" shows beside a negative (the authors' ``--num-neg
-            1``, for IU) and "one-positive-all-negatives" beside all true negatives (for IUN);
-            "as-given" leaves ``observed`` alone.
+            1``, for IU), "one-positive-all-negatives" beside all true negatives (for IUN) and
+            "one-positive-some-negatives" beside ``negatives`` of them; "some-positives" each
+            positive and "some-labels" each label with the probability ``label_share``, whatever
+            else of its image is shown; "as-given" leaves ``observed`` alone.
         split_seed: of the validation split.
         corruption_seed: of the choice of what is observed.
+        label_share: above 0, at most 1. Of one seed, a larger share shows what a smaller does, too.
+        negatives: of an image, at least 1.
 
     Raises:
         MlcError: the labels asked for need a truth that the table does not have, a split would
-            be empty, or a seed is out of range.
+            be empty, or a seed, the share or the number of negatives is out of range.
     """
+    check_shown(label_share, negatives)
     for name, seed in (("split_seed", split_seed), ("corruption_seed", corruption_seed)):
         check_seed(name, seed)
     if labels != "as-given":
@@ -53,8 +66,27 @@ def apply_protocol(
                 f"labels: {labels!r} needs the true labels, and this data set has partial ones; "
                 "use --labels as-given"
             )
-        table = replace(table, observed=_observed(table.true, table.split, labels, corruption_seed))
+        shown = partial(
+            _shown,
+            labels=labels,
+            seed=corruption_seed,
+            label_share=label_share,
+            negatives=negatives,
+        )
+        # The official training part and the test part, each with a generator of its own.
+        observed = full_labels(table.true)
+        for part in (table.split != "test", table.split == "test"):
+            observed[part] = shown(table.true[part])
+        table = replace(table, observed=observed)
     return assign_splits(table, split_seed)
+
+
+def check_shown(label_share: float, negatives: int) -> None:
+    """Raise an MlcError if no labels can be shown by these."""
+    if not 0 < label_share <= 1:
+        raise MlcError(f"label_share: should be above 0 and at most 1, got {label_share}")
+    if negatives < 1:
+        raise MlcError(f"negatives: should be at least 1, got {negatives}")
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -132,19 +164,22 @@ def observe(
     return observed
 
 
-def _observed(
-    true: NDArray[np.bool_], split: NDArray[np.str_], labels: Labels, seed: int
+def _shown(
+    true: NDArray[np.bool_], *, labels: Labels, seed: int, label_share: float, negatives: int
 ) -> NDArray[np.int8]:
-    """Corrupt the official training part and the test part, each with a generator of its own."""
-    observed = full_labels(true)
+    """Return what is observed of the labels (N, L) of one part."""
+    everything = full_labels(true)
     if labels == "full":
-        return observed
-    negatives = {
+        return everything
+    if labels in ("some-positives", "some-labels"):
+        chosen = np.random.RandomState(seed).random_sample(true.shape) < label_share
+        if labels == "some-positives":
+            chosen &= true
+        return np.where(chosen, everything, 0).astype(np.int8)
+    kept = {
         "single-positive": 0,
         "one-positive-one-negative": 1,
+        "one-positive-some-negatives": negatives,
         "one-positive-all-negatives": true.shape[1],
     }[labels]
-    test = split == "test"
-    for part in (~test, test):
-        observed[part] = observe(true[part], negatives=negatives, seed=seed)
-    return observed
+    return observe(true, negatives=kept, seed=seed)

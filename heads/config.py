@@ -11,7 +11,14 @@ from pydantic import Field
 from mlc.configs.device import choose_device
 from mlc.configs.errors import MlcError, choose
 from mlc.datasets.labels import LabelTable
-from mlc.datasets.protocol import OFFICIAL_SEED, Labels, check_seed
+from mlc.datasets.protocol import (
+    LABEL_SHARE,
+    NEGATIVES,
+    OFFICIAL_SEED,
+    Labels,
+    check_seed,
+    check_shown,
+)
 from mlc.datasets.source import DATASETS
 from mlc.heads.decoder import DecoderConfig, check_decoder
 from mlc.heads.full_batch import CONVEX, check_strengths
@@ -41,6 +48,8 @@ class ProtocolConfig(LabelsConfig, DecoderConfig, RecipeConfig):
     Attributes:
         labels: what training sees; by default single positives for the MLSPL losses and full
             labels for bce on the data sets of DATASETS, and a CSV's labels as given.
+        label_share: of the labels "some-positives" and "some-labels", see ``apply_protocol``.
+        negatives: of the labels "one-positive-some-negatives".
         head: a key of HEADS; see DecoderConfig for the sizes of those that attend, and
             RecipeConfig for how heads of tokens are trained.
         knobs: of the loss, e.g. ``{smoothing: 0.05}``; ``expected_positives`` is by default the
@@ -60,6 +69,8 @@ class ProtocolConfig(LabelsConfig, DecoderConfig, RecipeConfig):
     """
 
     labels: Labels | None = None
+    label_share: float = LABEL_SHARE
+    negatives: int = NEGATIVES
     head: str = "linear"
     knobs: dict[str, float | tuple[float, ...]] = Field(default_factory=dict)
     layer: str | None = None
@@ -147,6 +158,7 @@ def check_settings(config: TrainConfig) -> None:
             raise MlcError(f"{name}: should be at least 1, got {getattr(config, name)}")
     for name in ("seed", "order_seed", "corruption_seed", "split_seed"):
         check_seed(name, getattr(config, name))
+    check_shown(config.label_share, config.negatives)
     check_rate("lr", config.lr)
     if not 0 <= config.weight_decay * config.lr < 1:
         raise MlcError(

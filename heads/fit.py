@@ -89,6 +89,8 @@ def shown_labels(config: TrainConfig, table: LabelTable) -> tuple[LabelTable, tu
         default_labels(config, table),
         split_seed=config.split_seed,
         corruption_seed=config.corruption_seed,
+        label_share=config.label_share,
+        negatives=config.negatives,
     )
     if config.select_on == "val":
         return shown, SPLITS

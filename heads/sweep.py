@@ -229,7 +229,7 @@ class _Counter:
 
 
 def _protocol(config: TrainConfig) -> str:
-    return f"{config.labels} {config.corruption_seed}"
+    return f"{config.labels} {config.corruption_seed} {config.label_share} {config.negatives}"
 
 
 def _is_there(config: TrainConfig) -> bool:

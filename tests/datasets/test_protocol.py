@@ -275,3 +275,55 @@ def test_every_coco_image_shows_one_of_its_positives(coco: LabelTable) -> None:
     assert (coco.true[coco.observed == 1]).all()
     assert not (coco.observed == -1).any()
     assert coco.true[coco.split == "train"].sum(axis=1).mean() == pytest.approx(2.94, abs=0.02)
+
+
+def test_a_larger_share_shows_what_a_smaller_does_and_all_of_it_is_full() -> None:
+    table = random_table(["train"] * 300 + ["test"] * 100)
+    some, more, every = (
+        apply_protocol(table, "some-labels", label_share=share).observed for share in (0.3, 0.6, 1)
+    )
+    np.testing.assert_array_equal(every, full_labels(table.true))
+    np.testing.assert_array_equal(more[some != 0], some[some != 0])
+    for observed, share in ((some, 0.3), (more, 0.6)):
+        for label in (table.true, ~table.true):
+            assert (observed[label] != 0).mean() == pytest.approx(share, abs=0.07)
+        shown = observed != 0
+        np.testing.assert_array_equal(observed[shown], full_labels(table.true)[shown])
+
+
+def test_a_share_of_positives_shows_no_negative() -> None:
+    table = random_table(["train"] * 300 + ["test"] * 100)
+    observed = apply_protocol(table, "some-positives", label_share=0.3).observed
+    labels = apply_protocol(table, "some-labels", label_share=0.3).observed
+    np.testing.assert_array_equal(observed, np.maximum(labels, 0))
+    other = apply_protocol(table, "some-positives", label_share=0.3, corruption_seed=1).observed
+    assert (other != observed).any()
+
+
+def test_some_negatives_lie_beside_the_single_positive() -> None:
+    table = random_table(["train"] * 300 + ["test"] * 100)
+    single = apply_protocol(table, "single-positive").observed
+    one, three, many = (
+        apply_protocol(table, "one-positive-some-negatives", negatives=count).observed
+        for count in (1, 3, 1000)
+    )
+    for observed in (one, three, many):
+        np.testing.assert_array_equal(observed == 1, single == 1)
+    np.testing.assert_array_equal(one, apply_protocol(table, "one-positive-one-negative").observed)
+    negatives = (~table.true).sum(axis=1)
+    np.testing.assert_array_equal((three == -1).sum(axis=1), np.minimum(negatives, 3))
+    np.testing.assert_array_equal(many == -1, ~table.true)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_share": 0.0}, "label_share: should be above 0 and at most 1, got 0.0"),
+        ({"label_share": 1.1}, "label_share: should be above 0 and at most 1, got 1.1"),
+        ({"label_share": float("nan")}, "label_share: should be above 0 and at most 1, got nan"),
+        ({"negatives": 0}, "negatives: should be at least 1, got 0"),
+    ],
+)
+def test_what_shows_nothing_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(MlcError, match=message):
+        apply_protocol(random_table(["train"] * 30), "full", **settings)

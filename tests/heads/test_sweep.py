@@ -365,6 +365,26 @@ def test_a_grid_of_weight_decay(
     assert row.tuned["weight decay"] in {"0", "0.1", "10"}
 
 
+def test_a_loss_may_have_a_grid_of_its_own(store: Path, tmp_path: Path) -> None:
+    own = {"an": {"lr": (1e-3, 1e-4), "batch_size": (32,)}, "role": {"lr": (1e-1,)}}
+    config = config_of(store, tmp_path, losses=("bce", "an"), weight_decay=(0, 1), grids=own)
+    tried = [(each.loss, each.batch_size, each.lr, each.weight_decay) for each in grid_of(config)]
+    assert tried == [
+        *(("bce", 16, 1e-2, decay) for decay in (0, 1)),
+        *(("an", 32, lr, decay) for lr in (1e-3, 1e-4) for decay in (0, 1)),
+    ]
+
+
+def test_heads_with_labels_of_other_shares_are_other_runs(store: Path, tmp_path: Path) -> None:
+    settings = {"losses": ("an",), "labels": "some-positives", "epochs": 1}
+    observed = [
+        sweep(config_of(store, tmp_path, label_share=share, **settings)).runs[0]
+        for share in (0.3, 0.9)
+    ]
+    assert len({run.path for run in observed}) == 2
+    assert len({(run.path / SAME[0]).read_bytes() for run in observed}) == 2
+
+
 def test_heads_that_see_views_have_the_bits_that_they_have_alone(tmp_path: Path) -> None:
     views = {"view_augment": True, "eval_views": "mean", "layer": "other"}
     path = made_store.write_views(tmp_path, 3)
@@ -518,6 +538,9 @@ def test_images_and_classes_without_a_positive_are_told_and_trained_on(
         ({"batch_size": (8, 0)}, r"^batch_size: should be at least 1, got 0"),
         ({"seeds": (0, -1)}, r"^seed: should be from 0 to"),
         ({"weight_decay": ()}, r"^weight_decay: is empty; give at least one"),
+        ({"grids": {"bce": {"lr": ()}}}, r"^grids.bce.lr: is empty; give at least one"),
+        ({"grids": {"bec": {}}}, r"^unknown loss of grids 'bec'; did you mean 'bce'"),
+        ({"label_share": 0}, r"^label_share: should be above 0 and at most 1, got 0"),
         ({"weight_decay": (1, 1)}, r"^weight_decay: has a value twice, got \(1.0, 1.0\)"),
         ({"vary": ("order",), "order_seed": 2**32 - 1, "seeds": (0, 1)}, r"^order_seed: should be"),
         ({"losses": ("all", "an")}, r"^losses: 'all' stands alone, got all, an"),
