@@ -201,7 +201,8 @@ def settle_knobs(config: TrainConfig, table: LabelTable) -> dict[str, float | tu
     """Return all knobs of a loss: given, else from the data, else the loss's own default.
 
     Raises:
-        MlcError: the number of expected positives is neither given nor known.
+        MlcError: the number of expected positives is neither given nor known, or a list has not a
+            number for each class.
     """
     knobs = {
         name: default
@@ -211,6 +212,11 @@ def settle_knobs(config: TrainConfig, table: LabelTable) -> dict[str, float | tu
     for name, value in knobs.items():
         if value is inspect.Parameter.empty:
             knobs[name] = _from_data(name, table)
+        if isinstance(value, tuple) and len(value) != len(table.classes):
+            raise MlcError(
+                f"knobs.{name}: should be one number or one for each of {len(table.classes)} "
+                f"classes, got {len(value)}"
+            )
     return knobs
 
 

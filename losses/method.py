@@ -31,6 +31,7 @@ class Method:
         observed_negatives: what labels of -1 are to it: "refused" where it would make no
             use of them, "needed" where without them it would only ever be told to say yes.
         ranges: least and greatest value of knobs; any finite number where a knob is not named.
+        per_class: knobs that may also be a list, of a number for each class.
         weights: (labels, dtype, **knobs) -> the two weights that make its cells a cross-entropy,
             see ``bce_weights``: their gradient is then known, and the full-batch solver takes it.
         gradient: (logits, labels, **knobs) -> the gradient of the whole loss, by a formula.
@@ -49,6 +50,7 @@ class Method:
     batch_term: Callable[..., Tensor] | None = None
     observed_negatives: Literal["refused", "allowed", "needed"] = "allowed"
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    per_class: tuple[str, ...] = ()
     weights: Callable[..., tuple[Tensor, Tensor]] | None = None
     gradient: Callable[..., tuple[Tensor, ...]] | None = None
     changing: tuple[str, ...] = ()

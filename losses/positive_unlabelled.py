@@ -188,6 +188,7 @@ METHODS = {
         term,
         observed_negatives="refused",
         ranges=_RANGES,
+        per_class=("priors",),
         changing=("class_priors", "labelled_shares"),
         recompute=estimate_priors,
         of_whole_batch=True,

@@ -35,6 +35,8 @@ def check_knobs(loss: str, knobs: Mapping[str, float | Sequence[float]]) -> None
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
             raise MlcError(f"knobs: {loss} has no knob {name!r}; {hint}")
+        if isinstance(value, Sequence) and name not in method.per_class:
+            raise MlcError(f"knobs.{name}: should be one number, got {list(value)}")
         low, high = method.ranges.get(name, (-math.inf, math.inf))
         for number in value if isinstance(value, Sequence) else [value]:
             if not (low <= number <= high and math.isfinite(number)):

@@ -540,6 +540,10 @@ def test_images_and_classes_without_a_positive_are_told_and_trained_on(
         ({"weight_decay": ()}, r"^weight_decay: is empty; give at least one"),
         ({"grids": {"bce": {"lr": ()}}}, r"^grids.bce.lr: is empty; give at least one"),
         ({"grids": {"bec": {}}}, r"^unknown loss of grids 'bec'; did you mean 'bce'"),
+        (
+            {"losses": ("nnpu",), "labels": "single-positive", "knobs": {"priors": (0.1, 0.2)}},
+            r"^knobs.priors: should be one number or one for each of 5 classes, got 2",
+        ),
         ({"label_share": 0}, r"^label_share: should be above 0 and at most 1, got 0"),
         ({"weight_decay": (1, 1)}, r"^weight_decay: has a value twice, got \(1.0, 1.0\)"),
         ({"vary": ("order",), "order_seed": 2**32 - 1, "seeds": (0, 1)}, r"^order_seed: should be"),

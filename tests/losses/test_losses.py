@@ -412,6 +412,14 @@ def test_knobs_are_checked_before_any_work() -> None:
         check_knobs("an", {"x": 1})
 
 
+def test_a_list_is_for_knobs_of_classes_alone() -> None:
+    check_knobs("nnpu", {"priors": (0.1, 0.2)})
+    with pytest.raises(MlcError, match=r"knobs.alpha: should be one number, got \[0.1, 0.2\]"):
+        check_knobs("em", {"alpha": (0.1, 0.2)})
+    with pytest.raises(MlcError, match=r"knobs.priors: should be from 0 to 1, got 1.2"):
+        check_knobs("nnpu", {"priors": (0.1, 1.2)})
+
+
 def test_weights_and_the_estimator_are_no_knobs() -> None:
     with pytest.raises(MlcError, match=r"pr has no knob 'weights'; it has none"):
         check_knobs("pr", {"weights": 1})
