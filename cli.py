@@ -21,7 +21,8 @@ Option = Callable[[Any], Any]
 
 LABELS_HELP = (
     "full, single-positive, one-positive-one-negative, one-positive-all-negatives, "
-    "one-positive-some-negatives, some-positives, some-labels or as-given"
+    "one-positive-some-negatives, single-positive-by-size (of data prepare), some-positives, "
+    "some-labels or as-given"
 )
 
 

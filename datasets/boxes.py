@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mlc.configs.errors import MlcError
 from mlc.datasets.coco import PARTS
 from mlc.datasets.coco_json import SPLITS_OF
+from mlc.datasets.labels import LabelTable
 from mlc.datasets.source import DATASETS, DataConfig, data_files, default_root, read_images
 
 # By image id and class: (n, 4) left, upper, right, lower, as shares of the image's width and
@@ -19,15 +20,19 @@ from mlc.datasets.source import DATASETS, DataConfig, data_files, default_root, 
 Boxes = Mapping[str, Mapping[str, NDArray[np.float64]]]
 
 
-def boxes_of(config: DataConfig) -> Boxes:
+def boxes_of(config: DataConfig, *, crowds: bool = False) -> Boxes:
     """Return the boxes of a data set, by the image ids that ``read_images`` gives.
+
+    Args:
+        config: of the data set.
+        crowds: see ``read_boxes``.
 
     Raises:
         MlcError: it is neither COCO nor a COCO-format JSON, no annotation has a box, or see
             ``read_boxes``.
     """
     paths = _annotation_files(config)
-    parts = [read_boxes(path) for path in paths]
+    parts = [read_boxes(path, crowds=crowds) for path in paths]
     if not any(each for part in parts for each in part.values()):
         raise MlcError(
             f"{paths[0]}: no annotation has a box, only labels; pass the annotations with bbox"
@@ -59,13 +64,40 @@ def boxes_below(config: DataConfig, folder: Path) -> Boxes:
     }
 
 
-def read_boxes(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
+def label_areas(config: DataConfig, table: LabelTable) -> NDArray[np.float64]:
+    """Return the area (N, L) of a class in an image: that of its boxes together, crowds too.
+
+    It is a share of the image, and above 1 where boxes lie on each other. 0 for a class that is
+    not there.
+
+    Raises:
+        MlcError: a positive has no box, or see ``boxes_of``.
+    """
+    boxes, areas = boxes_of(config, crowds=True), np.zeros(table.observed.shape)
+    positive = table.observed == 1 if table.true is None else table.true
+    for row, column in np.argwhere(positive):
+        image_id, name = str(table.image_id[row]), table.classes[column]
+        if name not in boxes[image_id]:
+            raise MlcError(
+                f"data: image {image_id!r} has a {name!r} without a box, so its size is not known; "
+                "pass annotations with a bbox for each object"
+            )
+        left, upper, right, lower = boxes[image_id][name].T
+        areas[row, column] = ((right - left) * (lower - upper)).sum()
+    return areas
+
+
+def read_boxes(path: Path, *, crowds: bool = False) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Read the boxes of one JSON, for every image that it lists.
 
     A crowd's box is around many objects and what is between them, so that a point in it need not
     be on any. Of an image that has a crowd of a class, or an object without a box, nobody can say
     of every point whether it is on the class: that class is left out there, not its crowd alone,
     which would count points on the crowd as misses.
+
+    Args:
+        path: of the JSON.
+        crowds: take a crowd's box for one of an object.
 
     Returns:
         By image id as text and by class, (n, 4) float64; see ``Boxes``. What reaches out of the
@@ -82,7 +114,7 @@ def read_boxes(path: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
         images = {str(each["id"]): each for each in content["images"]}
         for annotation in content["annotations"]:
             label = (str(annotation["image_id"]), classes[annotation["category_id"]])
-            if annotation.get("iscrowd") or not annotation.get("bbox"):
+            if (annotation.get("iscrowd") and not crowds) or not annotation.get("bbox"):
                 unknown.add(label)
             else:
                 box = _relative(path, annotation, images[label[0]])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlc.datasets.boxes import label_areas
 from mlc.datasets.images import ImageSet
 from mlc.datasets.labels import LabelTable, save_labels
 from mlc.datasets.protocol import LABEL_SHARE, NEGATIVES, OFFICIAL_SEED, Labels, apply_protocol
@@ -32,9 +33,10 @@ def prepare(config: PrepareConfig) -> tuple[ImageSet, LabelTable]:
     """Read a data set, apply a protocol, and write the table if a file is named.
 
     Raises:
-        MlcError: see ``read_images`` and ``apply_protocol``.
+        MlcError: see ``read_images``, ``apply_protocol`` and ``label_areas``.
     """
     images = read_images(config)
+    by_size = config.labels == "single-positive-by-size"
     table = apply_protocol(
         images.labels,
         config.labels,
@@ -42,6 +44,7 @@ def prepare(config: PrepareConfig) -> tuple[ImageSet, LabelTable]:
         corruption_seed=config.corruption_seed,
         label_share=config.label_share,
         negatives=config.negatives,
+        areas=label_areas(config, images.labels) if by_size else None,
     )
     if config.out is not None:
         save_labels(table, config.out)

@@ -16,6 +16,7 @@ Labels = Literal[
     "one-positive-one-negative",
     "one-positive-all-negatives",
     "one-positive-some-negatives",
+    "single-positive-by-size",
     "some-positives",
     "some-labels",
     "as-given",
@@ -24,6 +25,7 @@ OFFICIAL_SEED = 1200  # of the authors, for the split and for the corruption
 VAL_FRACTION = 0.2  # of the official training images
 LABEL_SHARE = 0.5
 NEGATIVES = 1
+SMALLEST_AREA = 1e-6  # of an image: that of a box without width or height, which COCO has
 CSV_FRACTIONS = (0.7, 0.1, 0.2)  # train, val, test where a CSV has no split column
 
 
@@ -35,6 +37,7 @@ def apply_protocol(
     corruption_seed: int = OFFICIAL_SEED,
     label_share: float = LABEL_SHARE,
     negatives: int = NEGATIVES,
+    areas: NDArray[np.float64] | None = None,
 ) -> LabelTable:
     """Return the table with all three splits and the observed labels asked for.
 
@@ -45,16 +48,18 @@ def apply_protocol(
         labels: "full" shows the truth; "single-positive" one positive of each image, the same one
             that "one-positive-one-negative" shows beside a negative (the authors' ``--num-neg
             1``, for IU), "one-positive-all-negatives" beside all true negatives (for IUN) and
-            "one-positive-some-negatives" beside ``negatives`` of them; "some-positives" each
+            "one-positive-some-negatives" beside ``negatives`` of them; "single-positive-by-size"
+            shows one positive as well, but see ``observe_by_size``; "some-positives" each
             positive and "some-labels" each label with the probability ``label_share``, whatever
             else of its image is shown; "as-given" leaves ``observed`` alone.
         split_seed: of the validation split.
         corruption_seed: of the choice of what is observed.
         label_share: above 0, at most 1. Of one seed, a larger share shows what a smaller does, too.
         negatives: of an image, at least 1.
+        areas: (N, L) of "single-positive-by-size", see ``boxes.label_areas``.
 
     Raises:
-        MlcError: the labels asked for need a truth that the table does not have, a split would
+        MlcError: the labels asked for need a truth or areas that are not there, a split would
             be empty, or a seed, the share or the number of negatives is out of range.
     """
     check_shown(label_share, negatives)
@@ -66,6 +71,12 @@ def apply_protocol(
                 f"labels: {labels!r} needs the true labels, and this data set has partial ones; "
                 "use --labels as-given"
             )
+        if labels == "single-positive-by-size" and areas is None:
+            raise MlcError(
+                f"labels: {labels!r} needs boxes, which only annotations have; write the labels "
+                f"with mlc data prepare --labels {labels} --out FILE, and pass --labels-file FILE "
+                "--labels as-given"
+            )
         shown = partial(
             _shown,
             labels=labels,
@@ -76,7 +87,7 @@ def apply_protocol(
         # The official training part and the test part, each with a generator of its own.
         observed = full_labels(table.true)
         for part in (table.split != "test", table.split == "test"):
-            observed[part] = shown(table.true[part])
+            observed[part] = shown(table.true[part], None if areas is None else areas[part])
         table = replace(table, observed=observed)
     return assign_splits(table, split_seed)
 
@@ -164,11 +175,39 @@ def observe(
     return observed
 
 
+def observe_by_size(
+    true: NDArray[np.bool_], areas: NDArray[np.float64], *, seed: int = OFFICIAL_SEED
+) -> NDArray[np.int8]:
+    """Show one positive of each image, drawn in proportion to its area: what is large is named.
+
+    Args:
+        true: (N, L) bool.
+        areas: (N, L) shares of the image, at least 0; what is no positive has no say.
+        seed: of numpy's legacy ``RandomState``.
+
+    Returns:
+        (N, L) int8: +1 observed positive, 0 unknown.
+    """
+    # The first of exponential clocks to ring, each with its area as rate.
+    clocks = np.random.RandomState(seed).standard_exponential(true.shape)
+    rings = np.where(true, clocks / np.maximum(areas, SMALLEST_AREA), np.inf)
+    first = np.arange(true.shape[1]) == rings.argmin(axis=1)[:, None]
+    return (first & true).astype(np.int8)
+
+
 def _shown(
-    true: NDArray[np.bool_], *, labels: Labels, seed: int, label_share: float, negatives: int
+    true: NDArray[np.bool_],
+    areas: NDArray[np.float64] | None,
+    *,
+    labels: Labels,
+    seed: int,
+    label_share: float,
+    negatives: int,
 ) -> NDArray[np.int8]:
     """Return what is observed of the labels (N, L) of one part."""
     everything = full_labels(true)
+    if areas is not None:
+        return observe_by_size(true, areas, seed=seed)
     if labels == "full":
         return everything
     if labels in ("some-positives", "some-labels"):

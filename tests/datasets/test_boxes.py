@@ -9,7 +9,10 @@ import pytest
 from shared import need
 
 from mlc.configs.errors import MlcError
-from mlc.datasets.boxes import boxes_below, boxes_of, read_boxes
+from mlc.datasets.boxes import boxes_below, boxes_of, label_areas, read_boxes
+from mlc.datasets.labels import load_labels
+from mlc.datasets.prepare import PrepareConfig, prepare
+from mlc.datasets.protocol import observe_by_size
 from mlc.datasets.source import DataConfig, read_images
 
 IMAGES = [
@@ -171,3 +174,53 @@ def test_real_boxes_are_of_every_label_but_those_with_a_crowd() -> None:
     assert every.min() >= 0
     assert every.max() <= 1
     assert (every[:, :2] <= every[:, 2:]).all()
+
+
+def test_areas_are_those_of_all_boxes_of_a_class(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "instances.json",
+        annotation(7, 3, 0, 0, 100, 50),
+        annotation(7, 3, 0, 0, 20, 100),
+        annotation(7, 5, 0, 0, 50, 50, iscrowd=1),
+        annotation(9, 5, 0, 0, 500, 40),
+    )
+    config = DataConfig(data=str(path), root=tmp_path)
+    areas = label_areas(config, read_images(config).labels)
+    np.testing.assert_allclose(areas, [[0.35, 0.125], [0, 0.1]])
+
+
+def test_a_positive_without_a_box_has_no_size(tmp_path: Path) -> None:
+    path = write(tmp_path / "instances.json", annotation(7, 3, 0, 0, 9, 9), annotation(9, 5))
+    config = DataConfig(data=str(path), root=tmp_path)
+    with pytest.raises(MlcError, match=r"'9' has a 'dog' without a box"):
+        label_areas(config, read_images(config).labels)
+
+
+def test_labels_by_size_are_prepared_from_annotations() -> None:
+    path = sorted(need("coco-native").rglob("instances*.json"))[0]
+    config = DataConfig(data=str(path), root=path.parent)
+    true = read_images(config).labels.true
+    assert true is not None
+    areas = label_areas(config, read_images(config).labels)
+    assert (areas[~true] == 0).all()
+    assert (areas[true] > 0).all()
+    observed = observe_by_size(true, areas)
+    np.testing.assert_array_equal(observed.sum(axis=1), true.any(axis=1))
+    assert areas[observed == 1].mean() > areas[true].mean()
+
+
+def test_prepare_writes_labels_by_size(tmp_path: Path) -> None:
+    boxes = [annotation(image["id"], 3, 0, 0, 9, 9) for image in IMAGES]
+    parts = [
+        write(tmp_path / f"{name}.json", *boxes, annotation(7, 5, 0, 0, 200, 100))
+        for name in ("train", "val", "test")
+    ]
+    config = PrepareConfig(
+        data=",".join(map(str, parts)),
+        root=tmp_path,
+        labels="single-positive-by-size",
+        out=tmp_path / "sized.npz",
+    )
+    table = prepare(config)[1]
+    np.testing.assert_array_equal(table.observed, [[0, 1], [1, 0]] * 3)
+    np.testing.assert_array_equal(load_labels(tmp_path / "sized.npz").observed, table.observed)

@@ -18,6 +18,7 @@ from mlc.datasets.protocol import (
     apply_protocol,
     assign_splits,
     observe,
+    observe_by_size,
     validation_rows,
 )
 
@@ -327,3 +328,21 @@ def test_some_negatives_lie_beside_the_single_positive() -> None:
 def test_what_shows_nothing_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(MlcError, match=message):
         apply_protocol(random_table(["train"] * 30), "full", **settings)
+
+
+def test_what_is_large_is_named_in_proportion() -> None:
+    areas = np.tile([0.6, 0.3, 0.1, 5.0], (20_000, 1))
+    true = np.tile([True, True, True, False], (20_000, 1))
+    true[0] = False
+    observed = observe_by_size(true, areas, seed=3)
+    np.testing.assert_array_equal(observed.sum(axis=1), true.any(axis=1))
+    np.testing.assert_allclose(observed.mean(axis=0), [0.6, 0.3, 0.1, 0], atol=0.015)
+    other = observe_by_size(true, areas, seed=4)
+    assert (other != observed).any()
+    flat = observe_by_size(true[:2], np.zeros((2, 4)))  # boxes without width or height
+    assert flat.sum() == 1
+
+
+def test_labels_by_size_without_areas_say_what_to_do() -> None:
+    with pytest.raises(MlcError, match="mlc data prepare --labels single-positive-by-size"):
+        apply_protocol(random_table(["train"] * 9 + ["test"]), "single-positive-by-size")
