@@ -726,7 +726,9 @@ def attention(
 @cli.command()
 @click.argument("runs", type=PATH, nargs=-1)
 @click.option("--all", "every_setting", is_flag=True, help="Each lr and batch size, not the best.")
-@click.option("--against", help="mlspl or q2l: beside the paper's verified figures.")
+@click.option(
+    "--against", help="mlspl or q2l: beside the paper's verified figures; an: beside tuned AN."
+)
 @click.option("--per-class", is_flag=True, help="Also the AP of each class over tuned AN.")
 @click.option("--resamples", type=click.IntRange(100), default=1000, help="Default 1000.")
 @click.option("--out", type=PATH, help="Write the table to this .md or .csv file too.")

@@ -192,7 +192,8 @@ def observe_by_size(
     clocks = np.random.RandomState(seed).standard_exponential(true.shape)
     rings = np.where(true, clocks / np.maximum(areas, SMALLEST_AREA), np.inf)
     first = np.arange(true.shape[1]) == rings.argmin(axis=1)[:, None]
-    return (first & true).astype(np.int8)
+    observed: NDArray[np.int8] = (first & true).astype(np.int8)
+    return observed
 
 
 def _shown(

@@ -47,7 +47,8 @@ class Changing:
         self._epoch = epoch
         if (schedule := self._method.schedule) is not None:
             self._scheduled = schedule(epoch, epochs, **wanted(schedule, self._knobs))
-        if self._method.recompute is not None and epoch > self._knobs.get(WARM_UP, 0):
+        warm_up = self._knobs.get(WARM_UP, self._method.knobs().get(WARM_UP, 0))
+        if self._method.recompute is not None and epoch > warm_up:
             logits = score()
             found = [self._of_head(head, each, epochs) for head, each in enumerate(logits)]
             found += found[-1:] * (self._heads - len(found))  # spare ones, which nobody reads

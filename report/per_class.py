@@ -17,7 +17,7 @@ def require_baseline(runs: Sequence[Run]) -> None:
     """Raise an MlcError if none of the runs is of AN."""
     if not any(run.config.loss == BASELINE for run in runs):
         raise MlcError(
-            f"per class: gains are over tuned AN, and none of the {len(runs)} runs is of it; "
+            f"runs: gains are over tuned AN, and none of the {len(runs)} runs is of it; "
             "mlc sweep --losses an makes some"
         )
 

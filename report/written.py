@@ -43,6 +43,18 @@ def to_records(report: Report) -> list[dict[str, str]]:
     return [*records, prior]
 
 
+def over_an_records(report: Report) -> list[dict[str, str]]:
+    """Return the records of ``to_records`` with what each row gains over tuned AN."""
+    records = to_records(report)
+    for record, row in zip(records, [*report.rows, None], strict=True):
+        gain = None if row is None or row is report.baseline else row.over_an
+        record["to tuned AN"] = "" if gain is None else f"{gain.value:+.2f}"
+        record["of it 95 %"] = "" if gain is None else "{:+.2f} to {:+.2f}".format(*gain.interval)
+        if row is not None and row is report.baseline:
+            record["to tuned AN"] = "tuned AN"
+    return records
+
+
 def deviation_text(row: Row) -> str:
     """Return the deviation over seeds, or nothing where one run has none."""
     return "" if np.isnan(row.deviation) else f"{row.deviation:.2f}"

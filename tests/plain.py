@@ -38,7 +38,8 @@ class PlainTraining:
         method = self.method
         if method.schedule is not None:
             self.now |= method.schedule(epoch, epochs, **wanted(method.schedule, self.knobs))
-        if method.recompute is not None and epoch > self.knobs.get("warm_up", 0):
+        warm_up = self.knobs.get("warm_up", method.knobs().get("warm_up", 0))
+        if method.recompute is not None and epoch > warm_up:
             with torch.no_grad():
                 logits = self.head(self.train.features)
             known = {**self.knobs, **self.of_cells}
