@@ -33,6 +33,24 @@ def test_a_report_is_the_table_and_its_footnote(
     assert not (tmp_path / "table-classes.md").exists()
 
 
+def test_against_an_each_row_has_its_gain_over_it(
+    runs: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = make_report(runs, resamples=20)
+    print_report(report, against="an")
+    lines = capsys.readouterr().out.splitlines()
+    gain = report.rows[0].over_an
+    assert gain is not None
+    assert f"{gain.value:+.2f}" in lines[1]
+    assert lines[1].endswith("{:+.2f} to {:+.2f}".format(*gain.interval))
+    assert lines[2].strip().endswith("tuned AN")
+
+
+def test_without_an_nothing_is_beside_it(runs: list[Run]) -> None:
+    with pytest.raises(MlcError, match="none of the 1 runs is of it"):
+        check_report(runs[1:], against="an")
+
+
 def test_against_a_paper_its_figures_stand_in_table_and_file(
     runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
